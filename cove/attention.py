@@ -1,0 +1,149 @@
+"""Attention across frames: among all tokens of all frames, then among corresponding tokens.
+
+COVE (arXiv 2406.08850), section 3.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from .correspondence import Correspondence
+from .merging import bipartite_order, merge_weights, removed_tokens
+
+# Bytes of working memory: on a CPU what stays in its cache, elsewhere what keeps a GPU busy.
+CPU_BUDGET, GPU_BUDGET = 8 << 20, 256 << 20
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    """PyTorch's attention on [batch, tokens, channels] with the heads side by side in the channels."""
+    query, key, value = (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (query, key, value))
+    return rearrange(F.scaled_dot_product_attention(query, key, value), "b h n d -> b n (h d)")
+
+
+def spatial_temporal_attention(
+    query: Tensor, key: Tensor, value: Tensor, frames: int, heads: int, attend: Callable[..., Tensor] = sdpa
+) -> Tensor:
+    """Self-attention in which every token sees all tokens of all frames. COVE, section 3.3; Tune-A-Video.
+
+    Args:
+        query, key, value: projected tokens of whole clips, [batch*frames, tokens, channels], the frames of a clip
+            together.
+        attend: attention on [batch, tokens, channels] and a number of heads.
+
+    Returns:
+        [batch*frames, tokens, channels].
+    """
+    clips = (rearrange(x, "(b f) n c -> b (f n) c", f=frames) for x in (query, key, value))
+    return rearrange(attend(*clips, heads), "b (f n) c -> (b f) n c", f=frames)
+
+
+def correspondence_attention(
+    tokens: Tensor,
+    correspondence: Correspondence,
+    heads: int,
+    merge_ratio: float = 0.5,
+    frame_indices: Sequence[int] | None = None,
+    include_self: bool = False,
+    memory_budget: int | None = None,
+) -> Tensor:
+    """Let each token attend to its own matches in the other frames, merged. COVE, section 3.3, Eq. 11-14.
+
+    Queries, keys and values are the tokens themselves (Q = z, K = V = merged matches), split in heads. The set of a
+    token is ordered by frame, then best match first, and merged by bipartite soft matching. Tokens are taken a chunk
+    at a time, as many as fit the memory budget: the gathered sets of all tokens never exist at once.
+
+    Args:
+        tokens: the output of the spatial-temporal attention, [batch, frames, height*width, channels], any float dtype.
+        correspondence: of these frames, or of the longer clip that they come from.
+        heads: channels are split into this many.
+        merge_ratio: share of each set that merging takes away, 0 to 0.5.
+        frame_indices: which frames of the clip the tokens are; by default all, in order.
+        include_self: whether a token belongs to its own set (FLATTEN) or not (COVE).
+        memory_budget: bytes that the working memory may take beside input and result; by default 8 MiB on a CPU and
+            256 MiB elsewhere.
+
+    Returns:
+        Of the same shape and dtype. With one frame and nothing else in the set, the tokens themselves.
+    """
+    if tokens.ndim != 4:
+        raise ValueError(f"tokens must be [batch, frames, height*width, channels], got {list(tokens.shape)}")
+    batch, frames, count, channels = tokens.shape
+    frame_indices = list(range(correspondence.frames) if frame_indices is None else frame_indices)
+    if len(frame_indices) != frames or len(set(frame_indices)) != frames:
+        raise ValueError(f"{frames} frames came, but frames {frame_indices} of the correspondence were named")
+    if count != correspondence.height * correspondence.width:
+        raise ValueError(
+            f"{count} tokens a frame came, but the correspondence is of a grid of "
+            f"{correspondence.height}x{correspondence.width}"
+        )
+    if channels % heads:
+        raise ValueError(f"{channels} channels cannot be split into {heads} heads")
+    members = (frames - 1) * correspondence.k + include_self
+    removed = removed_tokens(members, merge_ratio)
+    if members == 0:
+        return tokens
+
+    correspondence = correspondence.to(tokens.device)
+    flat = tokens.flatten(1, 2)
+    inverse_norm = flat.float().norm(dim=-1).clamp_min(1e-12).reciprocal()
+    order = bipartite_order(members, tokens.device)
+    result = torch.empty_like(tokens)
+    if memory_budget is None:
+        memory_budget = CPU_BUDGET if tokens.device.type == "cpu" else GPU_BUDGET
+    chunk = max(1, memory_budget // _bytes_per_token(members, channels, heads, removed, tokens.element_size()))
+    for i in range(frames):
+        matches = _member_rows(correspondence, frame_indices, i, include_self)[:, order]
+        for b in range(batch):
+            for query, some, out in zip(*(x.split(chunk) for x in (tokens[b, i], matches, result[b, i])), strict=True):
+                members_of = flat[b][some]
+                if removed:
+                    members_of = _merged(members_of, inverse_norm[b][some], removed)
+                out.copy_(sdpa(query[:, None], members_of, members_of, heads)[:, 0])
+    return result
+
+
+def _member_rows(correspondence: Correspondence, frame_indices: Sequence[int], i: int, include_self: bool) -> Tensor:
+    """The set of every token of the i-th frame as rows of [frames*height*width, channels]: Eq. 11.
+
+    Returns:
+        Frames ascending in the clip, best match first, int64 [height*width, members].
+    """
+    count = correspondence.height * correspondence.width
+    device = correspondence.forward.device
+    ascending = sorted(range(len(frame_indices)), key=lambda j: frame_indices[j])
+    others = [j for j in ascending if j != i]
+    matches = correspondence.follow(frame_indices[i], [frame_indices[j] for j in others])
+    matches += count * torch.tensor(others, dtype=torch.int64, device=device)[:, None]
+    if not include_self:
+        return matches.flatten(1)
+    earlier = ascending.index(i)
+    own = torch.arange(count * i, count * (i + 1), device=device)[:, None]
+    return torch.cat((matches[:, :earlier].flatten(1), own, matches[:, earlier:].flatten(1)), dim=1)
+
+
+def _merged(members: Tensor, inverse_norm: Tensor, removed: int) -> Tensor:
+    """Sets in the order A, B, [queries, members, channels], with `removed` tokens of A averaged into B. Eq. 12.
+
+    The same as `merge_tokens`, for sets whose norms are known: normalised copies of the sets would cost more than all
+    the rest.
+    """
+    sources = (members.shape[1] + 1) // 2
+    a, b = members[:, :sources].float(), members[:, sources:].float()
+    similarity = torch.bmm(a, b.transpose(1, 2))
+    similarity *= inverse_norm[:, :sources, None]
+    similarity *= inverse_norm[:, None, sources:]
+    return torch.bmm(merge_weights(similarity, removed).to(members.dtype), members)
+
+
+def _bytes_per_token(members: int, channels: int, heads: int, removed: int, element: int) -> int:
+    """Working memory of one query and its set, in bytes."""
+    left = members - removed
+    gathered = members * channels * element
+    converted = members * channels * 4 if removed and element < 4 else 0
+    merged = left * channels * element + 8 * left * members if removed else 0
+    return gathered + converted + merged + 16 * members + 8 * heads * left

@@ -1,0 +1,254 @@
+"""Which token of one frame is which token of another: sliding-window top-K matches, followed through time.
+
+COVE (arXiv 2406.08850), section 3.2, "Sliding-window Strategy", Eq. 7-10.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMAT = "cove.correspondence.1"
+
+
+@dataclass(frozen=True)
+class Correspondence:
+    """The `k` best matches of every token in the frame after it and in the frame before it.
+
+    Attributes:
+        forward: token of frame i -> flat row-major tokens of frame i + 1, best first,
+            int32 [frames-1, height*width, k].
+        backward: token of frame i + 1 -> tokens of frame i, best first, int32 [frames-1, height*width, k].
+        height, width: the token grid.
+        window: side of the search square the matches were found in, in tokens.
+    """
+
+    forward: Tensor
+    backward: Tensor
+    height: int
+    width: int
+    window: int
+
+    def __post_init__(self):
+        tokens = self.height * self.width
+        for name in ("forward", "backward"):
+            matches = getattr(self, name)
+            if matches.dtype != torch.int32 or matches.ndim != 3 or matches.shape[1] != tokens:
+                raise ValueError(
+                    f"{name} must be int32 [frames-1, {tokens}, k] for a grid of {self.height}x{self.width} tokens, "
+                    f"got {matches.dtype} {list(matches.shape)}"
+                )
+        if self.forward.shape != self.backward.shape:
+            raise ValueError(f"forward and backward differ: {list(self.forward.shape)} and {list(self.backward.shape)}")
+
+    @property
+    def frames(self) -> int:
+        return self.forward.shape[0] + 1
+
+    @property
+    def k(self) -> int:
+        return self.forward.shape[2]
+
+    def follow(self, frame: int, others: Sequence[int]) -> Tensor:
+        """The `k` matches, in each frame of `others`, of every token of `frame`.
+
+        The best match is followed from frame to frame, forwards or backwards; the matches in a frame are those of the
+        token followed to its neighbour. COVE, Eq. 9.
+
+        Args:
+            frame: where the tokens are.
+            others: frames to look in, in the order wanted; `frame` itself cannot be among them.
+
+        Returns:
+            Flat row-major token indices, best first, int64 [height*width, len(others), k].
+        """
+        for index in (frame, *others):
+            if not 0 <= index < self.frames:
+                raise ValueError(f"frame {index} is outside this correspondence of {self.frames} frames")
+        if frame in others:
+            raise ValueError(f"frame {frame} cannot be matched with itself")
+        column = {other: i for i, other in enumerate(others)}
+        found = self.forward.new_empty((self.height * self.width, len(others), self.k), dtype=torch.int64)
+        for links, path in (
+            (self.forward, range(frame, max((*others, frame)))),
+            (self.backward, range(frame - 1, min((*others, frame)) - 1, -1)),
+        ):
+            at = None  # the token itself, before the first link
+            for link in path:
+                matches = links[link] if at is None else links[link][at]
+                at = matches[:, 0]
+                reached = link + 1 if links is self.forward else link
+                if reached in column:
+                    found[:, column[reached]] = matches
+        return found
+
+    def crop(self, top: int, left: int, height: int, width: int) -> Correspondence:
+        """The same matches on a rectangle of the grid; a match outside it becomes the nearest token inside."""
+        if not (0 <= top and top + height <= self.height and 0 <= left and left + width <= self.width):
+            raise ValueError(
+                f"rectangle {height}x{width} at row {top}, column {left} leaves the grid of {self.height}x{self.width}"
+            )
+
+        def cropped(matches: Tensor) -> Tensor:
+            inside = matches.unflatten(1, (self.height, self.width))[:, top : top + height, left : left + width]
+            rows = (inside // self.width - top).clamp(0, height - 1)
+            columns = (inside % self.width - left).clamp(0, width - 1)
+            return (rows * width + columns).flatten(1, 2)
+
+        return Correspondence(cropped(self.forward), cropped(self.backward), height, width, self.window)
+
+    def to(self, device: torch.device | str) -> Correspondence:
+        """The same on another device."""
+        if self.forward.device == torch.device(device):
+            return self
+        return Correspondence(self.forward.to(device), self.backward.to(device), self.height, self.width, self.window)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write one safetensors file, under a temporary name and then renamed: a kill leaves the old file or none."""
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        tensors = {"forward": self.forward.cpu().contiguous(), "backward": self.backward.cpu().contiguous()}
+        metadata = {"format": FORMAT} | {name: str(getattr(self, name)) for name in ("height", "width", "window")}
+        try:
+            save_file(tensors, temporary, metadata)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Correspondence:
+        """Read what `save` wrote. ValueError when the file is something else or damaged."""
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise ValueError(f"{path} holds no COVE correspondence (expected format {FORMAT})")
+                return cls(
+                    file.get_tensor("forward"),
+                    file.get_tensor("backward"),
+                    *(int(metadata[name]) for name in ("height", "width", "window")),
+                )
+        except SafetensorError as error:
+            raise ValueError(f"{path} cannot be read as a safetensors file: {error}") from error
+
+
+def check_window(window: int, k: int, height: int, width: int) -> None:
+    """ValueError unless `window` is odd and every window, clipped at the border, holds `k` tokens."""
+    if window < 1 or window % 2 == 0:
+        raise ValueError(f"window must be odd and positive, so that it has a centre; got {window}")
+    reach = window // 2 + 1  # what is left of one side of the window in a corner
+    smallest = min(reach, height) * min(reach, width)
+    if not 1 <= k <= smallest:
+        raise ValueError(
+            f"k must be from 1 to {smallest}, the tokens of the smallest window of {window}x{window} clipped at the "
+            f"border of a {height}x{width} grid; got {k}. Lower k or widen the window."
+        )
+
+
+def find_correspondence(
+    features: Tensor, window: int = 9, k: int = 3, progress: Callable[[int, int], None] | None = None
+) -> Correspondence:
+    """For every token, the `k` most similar tokens of the next and of the previous frame near the same place.
+
+    Similarity is cosine. Only the `window` x `window` tokens centred on the same position are compared, clipped at
+    the border. Among equals the nearer token comes first, so that a plain area does not seem to move. COVE
+    (arXiv 2406.08850), section 3.2, Eq. 7-10.
+
+    Rows of tokens are multiplied with rows of tokens, a few at a time, so that the similarities held at once stay
+    within `SIMILARITY_BYTES`, whatever the window.
+
+    Args:
+        features: [frames, height, width, channels], any float dtype; compared in float32.
+        window: side of the search square, in tokens, odd.
+        k: matches to keep, 1 <= k <= the smallest clipped window.
+        progress: called with (done, total) pairs of frames.
+    """
+    if features.ndim != 4:
+        raise ValueError(f"features must be [frames, height, width, channels], got {list(features.shape)}")
+    frames, height, width, _ = features.shape
+    check_window(window, k, height, width)
+    forward = torch.empty((frames - 1, height * width, k), dtype=torch.int32, device=features.device)
+    backward = torch.empty_like(forward)
+    after = F.normalize(features[0].float(), dim=-1)
+    for i in range(frames - 1):
+        before, after = after, F.normalize(features[i + 1].float(), dim=-1)
+        forward[i] = _match(before, after, window, k)
+        backward[i] = _match(after, before, window, k)
+        if progress is not None:
+            progress(i + 1, frames - 1)
+    return Correspondence(forward, backward, height, width, window)
+
+
+SIMILARITY_BYTES = 8 << 20
+
+
+def _match(source: Tensor, target: Tensor, window: int, k: int) -> Tensor:
+    """The `k` best tokens of `target` for each of `source`, unit vectors [height, width, channels].
+
+    Returns:
+        Flat row-major indices, best first, int32 [height*width, k].
+    """
+    height, width, _ = source.shape
+    rows = max(1, SIMILARITY_BYTES // (4 * width * window * window))
+    offsets = _nearest_first(window, source.device)
+    order = (offsets + window // 2) @ offsets.new_tensor([window, 1])
+    matches = []
+    for top in range(0, height, rows):
+        similarity = _window_similarity(source[top : top + rows], target, top, window).flatten(2)[..., order]
+        best = _first_best(similarity, k)
+        here = torch.arange(top * width, top * width + best.shape[0] * width, device=source.device)
+        moved = offsets[best] @ offsets.new_tensor([width, 1])
+        matches.append((here.view(-1, width, 1) + moved).int())
+    return torch.cat(matches).flatten(0, 1)
+
+
+def _first_best(similarity: Tensor, k: int) -> Tensor:
+    """Positions of the `k` largest values of the last axis, the earlier first among equals; `similarity` is used up.
+
+    A stable sort would say the same; for the few values wanted here this is several times faster.
+    """
+    best = []
+    for _ in range(k):
+        best.append(similarity.argmax(dim=-1, keepdim=True))
+        similarity.scatter_(-1, best[-1], -torch.inf)
+    return torch.cat(best, dim=-1)
+
+
+def _window_similarity(source: Tensor, target: Tensor, top: int, window: int) -> Tensor:
+    """Cosine similarity of some rows of tokens with the windows around them, -inf outside the frame.
+
+    Args:
+        source: unit vectors, [rows, width, channels], rows `top`, `top` + 1, ... of their frame.
+        target: unit vectors, [height, width, channels].
+
+    Returns:
+        [rows, width, window (dy), window (dx)].
+    """
+    height, width, _ = target.shape
+    reach = window // 2
+    similarity = source.new_full((source.shape[0], width, window, window), -torch.inf)
+    # Of the product of two rows, column w needs columns w - reach ... w + reach: a band.
+    band = torch.arange(width, device=source.device)[:, None] + torch.arange(window, device=source.device)
+    for dy in range(-reach, reach + 1):
+        rows = slice(max(0, -dy - top), min(source.shape[0], height - dy - top))
+        if rows.start >= rows.stop:
+            continue
+        moved = target[rows.start + top + dy : rows.stop + top + dy]
+        product = F.pad(torch.bmm(source[rows], moved.transpose(1, 2)), (reach, reach), value=-torch.inf)
+        similarity[rows, :, dy + reach] = product.gather(2, band.expand(len(product), -1, -1))
+    return similarity
+
+
+def _nearest_first(window: int, device: torch.device) -> Tensor:
+    """The offsets (dy, dx) of a window, from its centre outwards, int64 [window*window, 2]."""
+    side = torch.arange(window, device=device) - window // 2
+    offsets = torch.cartesian_prod(side, side)
+    return offsets[offsets.square().sum(1).sort(stable=True).indices]

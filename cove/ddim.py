@@ -1,0 +1,140 @@
+"""DDIM inversion and sampling: one step, run in either direction.
+
+DDIM (arXiv 2010.02502) without noise is Euler's method in (x / sqrt(alpha_bar), sigma), the coordinates of
+k-diffusion and ComfyUI. COVE (arXiv 2406.08850), section 3.1, Eq. 3, where `sqrt(1 / (alpha - 1))` is a misprint for
+`sqrt(1 / alpha - 1)`, which is sigma.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TRAIN_TIMESTEPS = 1000
+
+
+def sampling_timesteps(steps: int) -> list[int]:
+    """Timesteps 1, 1 + d, 1 + 2d, ... with d = floor(1000 / steps), ascending: for 50 steps 1, 21, ..., 981."""
+    if not 1 <= steps <= TRAIN_TIMESTEPS:
+        raise ValueError(f"steps must be from 1 to {TRAIN_TIMESTEPS}, got {steps}")
+    return [1 + i * (TRAIN_TIMESTEPS // steps) for i in range(steps)]
+
+
+def inversion_timesteps(steps: int, sampling_steps: int) -> list[int]:
+    """The grid of `steps` as far as sampling with `sampling_steps` starts: for 100 and 50 it is 1, 11, ..., 981.
+
+    ValueError when the finer grid does not pass through the start of the other.
+    """
+    start = sampling_timesteps(sampling_steps)[-1]
+    grid = sampling_timesteps(steps)
+    if start not in grid:
+        raise ValueError(
+            f"{steps} inversion steps (timesteps {_spell(grid)}) never reach timestep {start}, where {sampling_steps} "
+            f"sampling steps begin (timesteps {_spell(sampling_timesteps(sampling_steps))}). "
+            f"Make the inversion steps a multiple of the sampling steps, for example {2 * sampling_steps}."
+        )
+    return grid[: grid.index(start) + 1]
+
+
+def _spell(grid: list[int]) -> str:
+    return ", ".join(map(str, grid if len(grid) < 5 else [*grid[:2], "...", grid[-1]]))
+
+
+def step(x: Tensor, direction: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+    """One DDIM step from `sigma` to `sigma_next`, either way; `direction` is the noise that the model predicts."""
+    return x + (sigma_next - sigma) * direction
+
+
+@torch.no_grad()
+def sample(
+    model: Callable[..., Tensor],
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: dict[str, Any] | None = None,
+    callback: Callable[[dict], None] | None = None,
+    disable: bool | None = None,
+) -> Tensor:
+    """DDIM sampling with eta = 0, in k-diffusion's signature.
+
+    Args:
+        model: model(x, sigma of each sample, **extra_args) -> denoised x.
+        x: noise at sigmas[0], [frames, ...].
+        sigmas: descending to 0, [steps + 1].
+        callback: called before each step with x, i, sigma and denoised.
+        disable: taken for the signature's sake; progress is the callback's.
+
+    Returns:
+        x at sigmas[-1]. FloatingPointError at the first step that gives NaN or Inf.
+    """
+    extra_args = extra_args or {}
+    if not (sigmas[:-1] > sigmas[1:]).all():
+        raise ValueError(f"sigmas must descend to sample, got {sigmas.tolist()}")
+    for i, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+        denoised = model(x, sigma.expand(len(x)), **extra_args)
+        if callback is not None:
+            callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised})
+        x = step(x, (x - denoised) / sigma, sigma, sigma_next)
+        _check_finite(x, "sampling", i, len(sigmas) - 1, sigma)
+    return x
+
+
+@torch.no_grad()
+def invert(
+    model: Callable[..., Tensor],
+    x: Tensor,
+    sigmas: Tensor,
+    refinements: int = 1,
+    extra_args: dict[str, Any] | None = None,
+    callback: Callable[[dict], None] | None = None,
+    disable: bool | None = None,
+) -> Tensor:
+    """DDIM inversion: the noise that DDIM sampling turns into `x`, in k-diffusion's signature.
+
+    The step that sampling takes from sigma_b to sigma_a uses the model at (x_b, sigma_b). Inverting it, x_b is not
+    known: the first guess is x_a, scaled to the size that the model sees at sigma_a (what diffusers'
+    DDIMInverseScheduler does), and each refinement puts the x_b found in its place (fixed-point iteration; Pan et al.,
+    arXiv 2309.04907). A refinement is one more call of the model a step.
+
+    Args:
+        model: model(x, sigma of each sample, **extra_args) -> denoised x.
+        x: clean latents, [frames, ...].
+        sigmas: ascending from 0, [steps + 1].
+        refinements: fixed-point iterations a step; 0 is diffusers' one-shot inversion.
+        callback: called after each step with x, i, sigma, denoised and residual, the relative change that the last
+            refinement made (NaN without one).
+        disable: taken for the signature's sake; progress is the callback's.
+
+    Returns:
+        x at sigmas[-1]. FloatingPointError at the first step that gives NaN or Inf.
+    """
+    extra_args = extra_args or {}
+    if refinements < 0:
+        raise ValueError(f"refinements must be 0 or more, got {refinements}")
+    if not (sigmas[:-1] < sigmas[1:]).all():
+        raise ValueError(f"sigmas must ascend to invert, got {sigmas.tolist()}")
+    for i, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+        guess = x * ((1 + sigma_next**2) / (1 + sigma**2)).sqrt()
+        inverted, residual = guess, torch.full_like(sigma, torch.nan)
+        for refinement in range(refinements + 1):
+            denoised = model(guess, sigma_next.expand(len(x)), **extra_args)
+            inverted = step(x, (guess - denoised) / sigma_next, sigma, sigma_next)
+            if refinement > 0:
+                residual = (inverted - guess).norm() / inverted.norm()
+            guess = inverted
+        _check_finite(inverted, "inversion", i, len(sigmas) - 1, sigma_next)
+        x = inverted
+        if callback is not None:
+            callback({"x": x, "i": i, "sigma": sigma_next, "denoised": denoised, "residual": residual})
+    return x
+
+
+def _check_finite(x: Tensor, what: str, i: int, steps: int, sigma: Tensor) -> None:
+    if not torch.isfinite(x).all():
+        frames = [f for f in range(len(x)) if not torch.isfinite(x[f]).all()]
+        raise FloatingPointError(
+            f"NaN or Inf in the latents at {what} step {i + 1} of {steps} (sigma {float(sigma):.4g}), in frames "
+            f"{frames[:8]}. Half precision overflowing is the usual cause: run the model in fp32 or bf16."
+        )

@@ -1,0 +1,76 @@
+"""Correspondence Attention: the MODEL with spatial-temporal and correspondence-guided self-attention."""
+
+from __future__ import annotations
+
+from comfy_api.v0_0_2 import io
+
+from . import _host
+
+ALL_FRAMES, OWN_FRAME = "all frames", "own frame"
+
+
+class CorrespondenceAttention(io.ComfyNode):
+    """COVE (arXiv 2406.08850), section 3.3, Eq. 11-14, as a patch on a clone of the MODEL."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CoveCorrespondenceAttention",
+            display_name="Correspondence Attention",
+            category="COVE",
+            description="Lets the frames of a clip see one another: every token attends to all frames, then to its own "
+            "matches. Use the same patched model for DDIM Inversion and for sampling.",
+            inputs=[
+                io.Model.Input("model", tooltip="SD1.5, SD2.x or SDXL. The model that comes in stays as it is."),
+                _host.CorrespondenceType.Input("correspondence", tooltip="Of the same frames, at the same size."),
+                io.Float.Input(
+                    "merge_ratio",
+                    default=0.5,
+                    min=0.0,
+                    max=0.5,
+                    step=0.05,
+                    tooltip="More averages more of a token's matches into one another before it attends to them. "
+                    "0 = keep all, 0.5 = half (the paper).",
+                ),
+                io.Combo.Input(
+                    "spatial_temporal",
+                    options=[ALL_FRAMES, OWN_FRAME],
+                    default=ALL_FRAMES,
+                    tooltip=f"'{ALL_FRAMES}': every token sees every frame (the paper; time grows with the square of "
+                    f"the frames). '{OWN_FRAME}': tokens see their own frame and their matches; faster, less alike.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="More leaves the noisiest part of sampling as it is without this node.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Less leaves the last part of sampling, the details, as it is without this node.",
+                ),
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model, correspondence, merge_ratio, spatial_temporal, start_percent, end_percent) -> io.NodeOutput:
+        patched = _host.guide_self_attention(
+            model,
+            correspondence,
+            merge_ratio,
+            spatial_temporal == ALL_FRAMES,
+            start_percent,
+            end_percent,
+            node="Correspondence Attention",
+        )
+        return io.NodeOutput(patched)
+
+
+NODES = [CorrespondenceAttention]

@@ -1,0 +1,151 @@
+"""DDIM Inversion and DDIM Sampler: from a clip to the noise behind it, and back with another prompt."""
+
+from __future__ import annotations
+
+import torch
+from comfy.samplers import KSAMPLER
+from comfy_api.v0_0_2 import io
+
+from ..cove import ddim
+from . import _host
+
+STEPS_TOOLTIP = "More steps follow the model more closely and take more time. The paper uses 50."
+
+
+class DDIMInversion(io.ComfyNode):
+    """COVE (arXiv 2406.08850), section 3.1, Eq. 3, with fixed-point refinement of every step."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CoveDDIMInversion",
+            display_name="DDIM Inversion",
+            category="COVE",
+            description="Finds the noise from which DDIM sampling, with the same model and prompt at cfg 1, gives the "
+            "clip back.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model that will sample: with Correspondence Attention for COVE."),
+                io.Conditioning.Input("conditioning", tooltip="The source prompt: what the clip shows. May be empty."),
+                io.Latent.Input("latent", tooltip="The clip's frames out of VAE Encode."),
+                io.Int.Input(
+                    "steps",
+                    default=100,
+                    min=1,
+                    max=1000,
+                    tooltip="More steps invert more exactly and take more time. A multiple of sampling_steps. The "
+                    "paper uses 100; half as many with one refinement cost the same and lose less.",
+                ),
+                io.Int.Input(
+                    "sampling_steps",
+                    default=50,
+                    min=1,
+                    max=1000,
+                    tooltip="The same number as in DDIM Sampler: inversion ends where sampling begins.",
+                ),
+                io.Int.Input(
+                    "refinements",
+                    default=1,
+                    min=0,
+                    max=10,
+                    tooltip="More makes the clip come back more exactly; each takes as long as the inversion without "
+                    "any. 0 = as diffusers does it.",
+                ),
+            ],
+            outputs=[io.Latent.Output(display_name="noise")],
+        )
+
+    @classmethod
+    def execute(cls, model, conditioning, latent, steps, sampling_steps, refinements) -> io.NodeOutput:
+        node = "DDIM Inversion"
+        _host.unet_of(model, node)
+        try:
+            timesteps = ddim.inversion_timesteps(steps, sampling_steps)
+        except ValueError as error:
+            raise ValueError(f"{node}: {error}") from error
+        sigmas = torch.cat((torch.zeros(1), _host.sigmas_at(model, timesteps)))
+        _host.check_conditioning(conditioning, latent, model, node)
+        callback = _host.preview(model, len(sigmas) - 1)
+        noise = _host.run(model, ddim.invert, latent, sigmas, conditioning, callback=callback, refinements=refinements)
+        return io.NodeOutput({**noise, _host.GRID_KEY: sigmas})
+
+
+class DDIMSampler(io.ComfyNode):
+    """DDIM (arXiv 2010.02502) with eta = 0 from inverted noise."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CoveDDIMSampler",
+            display_name="DDIM Sampler",
+            category="COVE",
+            description="Samples the edited clip from the noise that DDIM Inversion found.",
+            inputs=[
+                io.Model.Input("model", tooltip="The same patched model as in DDIM Inversion."),
+                io.Conditioning.Input("positive", tooltip="The edit prompt: what the clip shall show."),
+                io.Conditioning.Input("negative", tooltip="What it shall not show. Not used at cfg 1."),
+                io.Latent.Input("noise", tooltip="Out of DDIM Inversion."),
+                io.Int.Input("steps", default=50, min=1, max=1000, tooltip=STEPS_TOOLTIP),
+                io.Float.Input(
+                    "cfg",
+                    default=7.5,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="More follows the edit prompt harder and keeps less of the clip. 1 with the source prompt "
+                    "gives the clip back, in half the time.",
+                ),
+            ],
+            outputs=[io.Latent.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model, positive, negative, noise, steps, cfg) -> io.NodeOutput:
+        node = "DDIM Sampler"
+        _host.unet_of(model, node)
+        sigmas = sampling_sigmas(model, steps)
+        _host.check_start(noise, sigmas, node)
+        _host.check_conditioning([*positive, *negative], noise, model, node)
+        callback = _host.preview(model, steps)
+        return io.NodeOutput(_host.run(model, ddim.sample, noise, sigmas, positive, negative, cfg, callback))
+
+
+class DDIMSamplerSelect(io.ComfyNode):
+    """The step function of DDIM Sampler for the stock SamplerCustomAdvanced."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CoveDDIMSamplerSelect",
+            display_name="DDIM Sampler (for SamplerCustomAdvanced)",
+            category="COVE",
+            description="The sampler and the sigmas of DDIM Sampler, for SamplerCustomAdvanced with any guider. Give "
+            "that node Disable Noise and the noise out of DDIM Inversion.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model that the guider has."),
+                io.Int.Input("steps", default=50, min=1, max=1000, tooltip=STEPS_TOOLTIP),
+                io.Latent.Input(
+                    "noise",
+                    optional=True,
+                    tooltip="Out of DDIM Inversion: if given, it is checked that the inversion ended where these "
+                    "sigmas begin.",
+                ),
+            ],
+            outputs=[io.Sampler.Output(), io.Sigmas.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model, steps, noise=None) -> io.NodeOutput:
+        node = "DDIM Sampler (for SamplerCustomAdvanced)"
+        _host.unet_of(model, node)
+        sigmas = sampling_sigmas(model, steps)
+        _host.check_start(noise or {}, sigmas, node)
+        return io.NodeOutput(KSAMPLER(ddim.sample), sigmas)
+
+
+def sampling_sigmas(model, steps: int) -> torch.Tensor:
+    """The model's sigmas from the noisiest timestep of the grid down to 0, [steps + 1]."""
+    return torch.cat((_host.sigmas_at(model, ddim.sampling_timesteps(steps)).flip(0), torch.zeros(1)))
+
+
+NODES = [DDIMInversion, DDIMSampler, DDIMSamplerSelect]

@@ -1,0 +1,84 @@
+"""Show Correspondence: what a correspondence matched, drawn on the frames."""
+
+from __future__ import annotations
+
+from comfy_api.v0_0_2 import io, ui
+
+from ..cove import draw
+from ._host import CorrespondenceType
+
+
+class ShowCorrespondence(io.ComfyNode):
+    """The picture of COVE (arXiv 2406.08850), appendix "Visualisation of the Correspondence", for any clip."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CoveShowCorrespondence",
+            display_name="Show Correspondence",
+            category="COVE",
+            description=(
+                "Marks points of one frame (red) and their matches in all other frames: best yellow, second green, "
+                "further ones blue. Matches that stay on the same thing mean that the edit will stay on it too."
+            ),
+            inputs=[
+                io.Image.Input(
+                    "images", tooltip="The frames the correspondence was found in. More pixels, finer drawing."
+                ),
+                CorrespondenceType.Input("correspondence", tooltip="More matches (its k) draw more discs a point."),
+                io.String.Input(
+                    "points",
+                    default="",
+                    multiline=True,
+                    placeholder="x, y  (one point a line; empty: a grid)",
+                    tooltip="One point a line, as x, y in pixels of the frame below. More points show more "
+                    "places, each with a ring of its own colour. Empty = a grid of 3 x 3 points.",
+                ),
+                io.Int.Input(
+                    "frame",
+                    default=0,
+                    min=0,
+                    max=100_000,
+                    tooltip="The frame the points are in, counted from 0. More puts them later in the clip.",
+                ),
+                io.Int.Input(
+                    "columns",
+                    default=0,
+                    min=0,
+                    max=1000,
+                    tooltip="More puts more frames side by side on the contact sheet. 0 = about as many as rows.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="images", tooltip="The drawn frames."),
+                io.Image.Output(display_name="contact sheet", tooltip="All drawn frames on one picture."),
+            ],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, images, correspondence, points, frame, columns) -> io.NodeOutput:
+        try:
+            places = _parse_points(points) or draw.grid_points(*images.shape[1:3])
+            drawn = draw.draw_matches(images[..., :3], correspondence, places, frame)
+            sheet = draw.contact_sheet(drawn, columns)
+        except ValueError as error:
+            raise ValueError(f"Show Correspondence: {error}") from error
+        return io.NodeOutput(drawn, sheet, ui=ui.PreviewImage(sheet, cls=cls))
+
+
+def _parse_points(text: str) -> list[draw.Point]:
+    """One (x, y) for each line that is not empty."""
+    points = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                x, y = (float(part) for part in line.replace(",", " ").split())
+            except ValueError as error:
+                raise ValueError(f'line {number} of points is "{line}"; expected "x, y", such as "120, 80".') from error
+            points.append((x, y))
+    return points
+
+
+NODES = [ShowCorrespondence]

@@ -1,0 +1,132 @@
+"""Load Frames: a clip from ComfyUI's input folder as images."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+from comfy_api.v0_0_2 import io
+
+from ..cove import frames
+
+MAX_SIZE = 16384
+
+
+class LoadFrames(io.ComfyNode):
+    """Only the frames asked for, at the size asked for; sizes are multiples of 8, as latents need them."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CoveLoadFrames",
+            display_name="Load Frames",
+            category="COVE",
+            description=(
+                "Loads the frames of a video, or of a folder of images, from ComfyUI's input folder, at a size that "
+                "fits latents. Editing time grows faster than the number of frames: begin with few."
+            ),
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=_choices(),
+                    upload=io.UploadType.video,
+                    tooltip="The video, or the folder of images (read in natural order), in ComfyUI's input folder.",
+                ),
+                io.Int.Input(
+                    "start",
+                    default=0,
+                    min=0,
+                    max=1_000_000,
+                    tooltip="More begins later in the clip: frames to pass over.",
+                ),
+                io.Int.Input(
+                    "count",
+                    default=16,
+                    min=0,
+                    max=100_000,
+                    tooltip="More frames make a longer clip, and cost more than proportionally in time and memory. "
+                    "0 = to the end of the clip.",
+                ),
+                io.Int.Input(
+                    "stride",
+                    default=1,
+                    min=1,
+                    max=1000,
+                    tooltip="More covers a longer time with the same number of frames, but each moves further from one "
+                    "frame to the next. 1 = every frame, 2 = every second one; fps is divided by it.",
+                ),
+                io.Int.Input(
+                    "width",
+                    default=512,
+                    min=0,
+                    max=MAX_SIZE,
+                    step=8,
+                    tooltip="More shows more detail and costs much more time and memory. A multiple of 8. 0 = follows "
+                    "from the height at the clip's proportions; if both are 0, the clip's own size is kept.",
+                ),
+                io.Int.Input(
+                    "height",
+                    default=0,
+                    min=0,
+                    max=MAX_SIZE,
+                    step=8,
+                    tooltip="More shows more detail and costs much more time and memory. A multiple of 8. 0 = follows "
+                    "from the width at the clip's proportions; if both are 0, the clip's own size is kept.",
+                ),
+                io.Combo.Input(
+                    "fit",
+                    options=list(frames.FITS),
+                    tooltip="When the proportions differ. crop: fill the size and cut the edges. pad: show everything "
+                    "between black bars. stretch: distort.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="images"),
+                io.Float.Output(display_name="fps", tooltip="Frames a second after the stride, for Create Video."),
+                io.Int.Output(display_name="frame count"),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file=None) -> bool | str:
+        if file is None or folder_paths.exists_annotated_filepath(file):
+            return True
+        return f'Load Frames: "{file}" is not in ComfyUI\'s input folder. Choose another file, or upload this one.'
+
+    @classmethod
+    def fingerprint_inputs(cls, file=None, **others) -> str:
+        path = Path(folder_paths.get_annotated_filepath(file or ""))
+        files = frames.image_files(path) if path.is_dir() else [path]
+        state = [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
+        return hashlib.sha256(repr(state).encode()).hexdigest()
+
+    @classmethod
+    def execute(cls, file, start, count, stride, width, height, fit) -> io.NodeOutput:
+        bar = comfy.utils.ProgressBar(1)
+
+        def progress(done: int, total: int) -> None:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            bar.update_absolute(done, total)
+
+        path = folder_paths.get_annotated_filepath(file)
+        try:
+            images, fps = frames.read_frames(path, start, count, stride, width, height, fit, progress)
+        except ValueError as error:
+            raise ValueError(f"Load Frames: {error}") from error
+        return io.NodeOutput(images, fps, len(images))
+
+
+def _choices() -> list[str]:
+    """Videos of the input folder and of its subfolders, and the subfolders that hold images, one level deep."""
+    root = Path(folder_paths.get_input_directory())
+    folders = [entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != "."]
+    names = [f"{folder}/{file}" for folder in folders for file in os.listdir(root / folder)] + os.listdir(root)
+    videos = [name for name in folder_paths.filter_files_content_types(names, ["video"]) if (root / name).is_file()]
+    return sorted(videos) + sorted(folder for folder in folders if frames.image_files(root / folder))
+
+
+NODES = [LoadFrames]

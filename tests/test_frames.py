@@ -1,0 +1,413 @@
+"""Frames in, frames out: every test renders what it reads."""
+
+import struct
+import weakref
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import pytest
+import torch
+from torch.testing import assert_close
+
+from cove import frames
+from cove.frames import fit_frames, read_frames, write_frames
+
+CLIPS = Path(__file__).parents[2] / "shared" / "clips"
+
+
+def numbered(count=23, height=24, width=40):
+    """Flat grey frames whose brightness is 10 levels a frame, so that a frame can be told from its mean."""
+    levels = 10 * torch.arange(1, count + 1) / 255
+    return levels[:, None, None, None].expand(count, height, width, 3).clone()
+
+
+def numbers(images):
+    return (images.mean((1, 2, 3)) * 255 / 10).round().int().sub(1).tolist()
+
+
+def picture(height=24, width=40, count=1):
+    """Smooth and coloured, different along every axis, so that H.264 can keep it and a flip or a swap shows."""
+    f, y, x = torch.meshgrid(*(torch.linspace(0, 1, size) for size in (count, height, width)), indexing="ij")
+    return torch.stack([x, 0.7 * y + 0.1 * f, 0.8 - 0.6 * x * y], -1)
+
+
+def save_png(path, image):
+    encoder = av.CodecContext.create("png", "w")
+    encoder.height, encoder.width = image.shape[:2]
+    encoder.pix_fmt, encoder.time_base = "rgb24", Fraction(1)
+    frame = av.VideoFrame.from_ndarray((image * 255).round().byte().contiguous().numpy(), format="rgb24")
+    path.write_bytes(b"".join(bytes(packet) for packet in [*encoder.encode(frame), *encoder.encode()]))
+
+
+def psnr(a, b):
+    return -10 * (a - b).square().mean().log10().item()
+
+
+@pytest.fixture
+def clip(tmp_path):
+    """23 numbered frames, 40 x 24 pixels, 12 a second."""
+    write_frames(tmp_path / "clip.mp4", numbered(), 12)
+    return tmp_path / "clip.mp4"
+
+
+# Reading
+
+
+def test_write_then_read_returns_the_clip(tmp_path):
+    images = picture(count=5)
+    write_frames(tmp_path / "a.mp4", images, 30000 / 1001)
+    read, fps = read_frames(tmp_path / "a.mp4")
+    assert read.shape == images.shape and read.dtype == torch.float32
+    assert fps == 30000 / 1001
+    assert psnr(read, images) > 33  # half the colour samples of so small a picture; 28 if BT.709 is read as BT.601
+
+
+def test_saturated_colours_survive(tmp_path):
+    colours = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1], [0, 0, 0]])
+    write_frames(tmp_path / "a.mp4", colours[:, None, None].expand(5, 16, 24, 3), 7)
+    assert_close(read_frames(tmp_path / "a.mp4").images.mean((1, 2)), colours, atol=3 / 255, rtol=0)
+
+
+@pytest.mark.parametrize("start", [0, 1, 7])
+@pytest.mark.parametrize("count", [0, 1, 5])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_exactly_the_frames_asked_for(clip, start, count, stride):
+    read = read_frames(clip, start, count, stride)
+    assert numbers(read.images) == list(range(start, 23, stride))[: count or None]
+    assert read.fps == 12 / stride
+
+
+def test_resized_while_decoding_equals_resized_afterwards(tmp_path):
+    write_frames(tmp_path / "a.mp4", picture(56, 104, 3), 5)
+    kept = read_frames(tmp_path / "a.mp4").images
+    assert kept.shape == (3, 56, 104, 3)
+    assert_close(read_frames(tmp_path / "a.mp4", width=24, height=40).images, fit_frames(kept, 24, 40))
+
+
+def test_frames_are_not_kept_at_full_size(clip, monkeypatch):
+    live, most = weakref.WeakSet(), []
+
+    def watched(frame, convert=frames._image):
+        image = convert(frame)
+        live.add(image)
+        most.append(len(live))
+        return image
+
+    monkeypatch.setattr(frames, "_image", watched)
+    read_frames(clip, width=8, height=16)
+    assert len(most) == 23 and max(most) == 1
+
+
+def test_only_what_is_needed_is_decoded(clip):
+    seen = []
+    read_frames(clip, start=2, count=3, stride=2, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(done, 7) for done in range(1, 8)]
+
+
+def test_progress_can_stop_the_reading(clip):
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        read_frames(clip, progress=stop)
+
+
+def test_rotation_in_the_file_is_applied(tmp_path):
+    path, image = tmp_path / "a.mp4", picture()
+    write_frames(path, image, 12)
+    upright = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    clockwise = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
+    data = path.read_bytes()
+    place = data.index(upright, data.index(b"tkhd"))
+    path.write_bytes(data[:place] + clockwise + data[place + len(upright) :])
+    assert psnr(read_frames(path).images[0], image[0].rot90(-1, (0, 1))) > 33
+
+
+def save_mkv(path, images, milliseconds):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=60)
+        stream.height, stream.width, stream.pix_fmt = *images.shape[1:3], "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for image, time in zip(images, milliseconds, strict=True):
+            frame = av.VideoFrame.from_ndarray((image * 255).round().byte().numpy(), format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def test_uneven_times_give_the_mean_rate_of_what_was_taken(tmp_path):
+    save_mkv(tmp_path / "a.mkv", numbered(8), [0, 40, 80, 120, 620, 1120, 1620, 2120])  # 25 a second, then 2
+    assert numbers(read_frames(tmp_path / "a.mkv").images) == list(range(8))
+    assert read_frames(tmp_path / "a.mkv", 0, 4).fps == pytest.approx(25)
+    assert read_frames(tmp_path / "a.mkv", 4, 4).fps == pytest.approx(2)
+    assert read_frames(tmp_path / "a.mkv", 4, 2, 2).fps == pytest.approx(1)
+
+
+def test_rounded_times_do_not_change_the_rate(tmp_path):
+    """Matroska keeps milliseconds: two frames at 60 a second are 16 or 17 ms apart, which is not 62.5 or 58.8."""
+    save_mkv(tmp_path / "a.mkv", numbered(7), [0, 17, 33, 50, 67, 83, 100])
+    for start in range(6):
+        assert read_frames(tmp_path / "a.mkv", start, 2).fps == pytest.approx(60)
+
+
+def test_images_of_a_folder_in_natural_order(tmp_path):
+    images = numbered(11)
+    for index, image in enumerate(images):
+        save_png(tmp_path / f"Frame{index}.png" if index % 2 else tmp_path / f"frame{index}.png", image)
+    (tmp_path / "notes.txt").write_text("not a frame")
+    (tmp_path / "._frame1.png").write_bytes(b"what macOS leaves")
+    (tmp_path / "frame5.png.d").mkdir()
+    read, fps = read_frames(tmp_path, start=1, count=5, stride=2)
+    assert_close(read, images[1::2], atol=1e-6, rtol=0)
+    assert fps == frames.IMAGE_FPS / 2
+
+
+def test_a_percent_sign_in_a_name_is_only_a_name(tmp_path):
+    for name, image in zip(["a0.png", "a1.png", "a%d.png"], numbered(3), strict=True):
+        save_png(tmp_path / name, image)  # FFmpeg would find a0.png under the third name
+    assert numbers(read_frames(tmp_path).images) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name, size, count, fps", [
+    ("jeep.mp4", (480, 480), 27, 12), ("train.mp4", (320, 512), 9, 12), ("woman-running.mp4", (512, 512), 120, 20),
+])  # fmt: skip
+def test_real_clips(name, size, count, fps):
+    if not (CLIPS / name).is_file():
+        pytest.skip("the shared clips are not here")
+    images, rate = read_frames(CLIPS / name, width=64)
+    assert images.shape == (count, round(size[0] * 8 / size[1]) * 8, 64, 3) and rate == fps
+    whole = read_frames(CLIPS / name, start=2, count=3, stride=3).images
+    assert whole.shape == (3, *size, 3) and whole.min() >= 0 and whole.max() <= 1
+    assert_close(fit_frames(whole, width=64), images[2:9:3])
+
+
+# Fitting
+
+
+def test_nothing_to_fit_is_left_alone():
+    images = torch.rand(3, 16, 24, 3)
+    assert torch.equal(fit_frames(images), images)
+    for fit in frames.FITS:
+        assert torch.equal(fit_frames(images, 24, 16, fit), images)
+
+
+def test_size_zero_cuts_out_the_centre():
+    images = torch.rand(2, 19, 29, 3)
+    assert torch.equal(fit_frames(images), images[:, 1:17, 2:26])
+
+
+@pytest.mark.parametrize("width, height, expected", [(24, 0, (16, 24)), (0, 16, (16, 24)), (8, 0, (8, 8))])
+def test_one_size_follows_from_the_other(width, height, expected):
+    images = fit_frames(torch.rand(2, 34, 51, 3), width, height)
+    assert images.shape == (2, *expected, 3)
+
+
+def test_crop_cuts_both_sides_and_keeps_proportions():
+    images = torch.zeros(2, 16, 48, 3)
+    images[:, :, 16:32] = 1  # the middle third is what is left
+    assert torch.equal(fit_frames(images, 16, 16, "crop"), torch.ones(2, 16, 16, 3))
+    images = images.transpose(1, 2)
+    assert torch.equal(fit_frames(images, 16, 16, "crop"), torch.ones(2, 16, 16, 3))
+
+
+def test_pad_shows_everything_between_black_bars():
+    padded = fit_frames(torch.ones(2, 16, 48, 3), 24, 40, "pad")
+    expected = torch.zeros(2, 40, 24, 3)
+    expected[:, 16:24] = 1
+    assert_close(padded, expected)
+
+
+def test_stretch_keeps_the_corners():
+    images = picture(32, 88)
+    assert_close(fit_frames(images, 40, 56, "stretch"), picture(56, 40), atol=0.02, rtol=0)
+
+
+def test_shrinking_is_antialiased():
+    checks = (torch.arange(40)[:, None] + torch.arange(56)) % 2
+    small = fit_frames(checks[None, :, :, None].expand(1, 40, 56, 3).float(), 16, 8, "stretch")
+    assert_close(small, torch.full_like(small, 0.5), atol=0.02, rtol=0)
+
+
+def test_resizing_stays_in_range():
+    images = (torch.rand(2, 16, 24, 3) > 0.5).float()
+    large = fit_frames(images, 104, 88, "stretch")
+    assert large.min() >= 0 and large.max() <= 1
+
+
+# Errors
+
+
+@pytest.mark.parametrize("start, count, stride, needs, mend", [
+    (0, 24, 1, 24, "count to 23 or less"), (7, 6, 4, 28, "count to 4 or less"), (22, 2, 1, 24, "count to 1 or less"),
+    (23, 1, 1, 24, "start to 22 or less"), (31, 0, 3, 32, "start to 22 or less"),
+])  # fmt: skip
+@pytest.mark.parametrize("kind", ["video", "folder"])
+def test_fewer_frames_than_asked(clip, kind, start, count, stride, needs, mend):
+    path = clip
+    if kind == "folder":
+        path = clip.parent / "images"
+        path.mkdir()
+        for index, image in enumerate(numbered()):
+            save_png(path / f"{index}.png", image)
+    with pytest.raises(ValueError, match=rf"{path.name} has 23 frames, but .* needs {needs}\. Set {mend}"):
+        read_frames(path, start, count, stride)
+    if "count" in mend:
+        usable = int(mend.split()[2])
+        assert len(read_frames(path, start, usable, stride).images) == usable
+
+
+def test_fewer_frames_are_noticed_before_decoding(clip):
+    seen = []
+    with pytest.raises(ValueError, match="has 23 frames"):
+        read_frames(clip, count=24, progress=lambda *_: seen.append(1))
+    assert not seen
+
+
+def test_a_header_that_promises_too_few_is_not_believed(tmp_path):
+    avi = tmp_path / "a.avi"
+    with av.open(str(avi), "w") as container:
+        stream = container.add_stream("mjpeg", rate=12)
+        stream.width, stream.height, stream.pix_fmt = 40, 24, "yuvj420p"
+        for image in numbered():
+            frame = av.VideoFrame.from_ndarray((image * 255).round().byte().numpy(), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    data = bytearray(avi.read_bytes())
+    struct.pack_into("<I", data, data.index(b"strh") + 8 + 32, 5)  # dwLength: frames of the stream
+    avi.write_bytes(data)
+    with av.open(str(avi)) as container:
+        assert container.streams.video[0].frames == 5
+    assert numbers(read_frames(avi, count=23).images) == list(range(23))
+
+
+@pytest.mark.parametrize("content", [b"", b"this is no video" * 99], ids=["empty", "text"])
+def test_a_file_that_is_no_video(tmp_path, content):
+    (tmp_path / "a.mp4").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.mp4 cannot be decoded .*convert it to an H\.264 mp4"):
+        read_frames(tmp_path / "a.mp4")
+
+
+def test_a_file_cut_short(clip):
+    clip.write_bytes(clip.read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"clip\.mp4 cannot be decoded"):
+        read_frames(clip)
+
+
+def test_a_broken_image_is_named(tmp_path):
+    for index, image in enumerate(numbered(3)):
+        save_png(tmp_path / f"{index}.png", image)
+    (tmp_path / "1.png").write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"1\.png cannot be decoded"):
+        read_frames(tmp_path)
+
+
+def test_sound_without_a_picture(tmp_path):
+    with av.open(str(tmp_path / "a.wav"), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        sound = av.AudioFrame.from_ndarray(torch.zeros(1, 800, dtype=torch.int16).numpy(), "s16", "mono")
+        sound.rate = 8000
+        container.mux(stream.encode(sound))
+    with pytest.raises(ValueError, match=r"a\.wav has no video stream \(it holds audio\)"):
+        read_frames(tmp_path / "a.wav")
+
+
+def test_images_of_two_sizes_name_the_file(tmp_path):
+    for index, height in enumerate([24, 24, 16]):
+        save_png(tmp_path / f"{index}.png", picture(height)[0])
+    with pytest.raises(ValueError, match=r"2\.png is 40 x 16 pixels, but 0\.png is 40 x 24"):
+        read_frames(tmp_path)
+    assert len(read_frames(tmp_path, count=2).images) == 2
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(ValueError, match="no file or folder"):
+        read_frames(tmp_path / "a.mp4")
+    with pytest.raises(ValueError, match="holds no images"):
+        read_frames(tmp_path)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ({"start": -1}, "start is -1; expected 0"), ({"count": -2}, "count is -2"), ({"stride": 0}, "stride is 0"),
+    ({"width": 500}, "width is 500; expected a multiple of 8, such as 496"), ({"height": 3}, "height is 3.*such as 8"),
+    ({"width": -8}, "width is -8"), ({"fit": "zoom"}, 'fit is "zoom"; expected one of crop, pad, stretch'),
+])  # fmt: skip
+def test_arguments_out_of_range(clip, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        read_frames(clip, **arguments)
+
+
+def test_frames_too_small_to_keep():
+    with pytest.raises(ValueError, match="24 x 7 pixels"):
+        fit_frames(torch.rand(2, 7, 24, 3))
+
+
+@pytest.mark.parametrize("images", [torch.rand(5, 16, 3), torch.rand(2, 3, 16, 16), torch.ones(2, 8, 8, 3).byte()])
+def test_what_is_not_images(tmp_path, images):
+    for function in (fit_frames, lambda images: write_frames(tmp_path / "a.mp4", images, 5)):
+        with pytest.raises(ValueError, match="expected floats"):
+            function(images)
+
+
+# Writing
+
+
+@pytest.mark.parametrize("before", [None, b"what was there"])
+@pytest.mark.parametrize("failure", ["nan", "interrupt", "encoder"])
+def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch, failure, before):
+    path, seen = tmp_path / "a.mp4", []
+    images = picture(count=97)  # x264 looks 50 frames ahead before anything reaches the file
+    if before is not None:
+        path.write_bytes(before)
+
+    def progress(done, total):
+        seen.append([file.name for file in tmp_path.iterdir()])
+        if failure == "interrupt" and done == 83:
+            raise KeyboardInterrupt
+
+    class Encoder:
+        @staticmethod
+        def from_ndarray(pixels, format, real=av.VideoFrame):
+            if len(seen) == 83:
+                raise OSError("No space left on device")
+            return real.from_ndarray(pixels, format=format)
+
+    if failure == "nan":
+        images[83, 5, 7] = torch.nan
+    if failure == "encoder":
+        monkeypatch.setattr(frames.av, "VideoFrame", Encoder)
+    error = {"nan": ValueError, "interrupt": KeyboardInterrupt, "encoder": OSError}[failure]
+    with pytest.raises(error, match="Frame 83 holds NaN" if failure == "nan" else None):
+        write_frames(path, images, 5, progress)
+
+    assert len(seen) == 83 and any(name.endswith(".part") for name in seen[-1])  # it did fail midway
+    assert [file.name for file in tmp_path.iterdir()] == ([] if before is None else ["a.mp4"])
+    assert before is None or path.read_bytes() == before
+
+
+def test_a_finished_write_replaces_what_was_there(clip):
+    write_frames(clip, numbered(3), 5)
+    assert numbers(read_frames(clip).images) == [0, 1, 2]
+    assert [file.name for file in clip.parent.iterdir()] == ["clip.mp4"]
+
+
+def test_values_outside_0_to_1_are_clamped(tmp_path):
+    write_frames(tmp_path / "a.mp4", torch.stack([torch.full((16, 24, 3), 1.7), torch.full((16, 24, 3), -0.7)]), 5)
+    assert_close(read_frames(tmp_path / "a.mp4").images.mean((1, 2, 3)), torch.tensor([1.0, 0.0]), atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("fps", [0.4, 12, 23.976, 24000 / 1001, 30000 / 7007, 120])
+def test_rates_come_back(tmp_path, fps):
+    write_frames(tmp_path / "a.mp4", numbered(5), fps)
+    assert read_frames(tmp_path / "a.mp4").fps == pytest.approx(fps, rel=1e-4)
+
+
+@pytest.mark.parametrize("name, shape, fps, message", [
+    ("a.mp4", (2, 17, 24, 3), 5, "24 x 17 pixels; H.264 needs both even"), ("a.mp4", (2, 16, 25, 3), 5, "25 x 16"),
+    ("a.mp4", (2, 16, 24, 3), 0, "fps is 0"), ("a.mp4", (2, 16, 24, 3), float("nan"), "fps is nan"),
+    ("a.avi", (2, 16, 24, 3), 5, "ending in .mp4"), ("none/a.mp4", (2, 16, 24, 3), 5, "folder that exists"),
+])  # fmt: skip
+def test_what_cannot_be_written(tmp_path, name, shape, fps, message):
+    with pytest.raises(ValueError, match=message):
+        write_frames(tmp_path / name, torch.rand(shape), fps)
+    assert not list(tmp_path.iterdir())
