@@ -22,7 +22,6 @@ class CorrespondenceAttention(io.ComfyNode):
             "matches. Use the same patched model for DDIM Inversion and for sampling.",
             inputs=[
                 io.Model.Input("model", tooltip="SD1.5, SD2.x or SDXL. The model that comes in stays as it is."),
-                _host.CorrespondenceType.Input("correspondence", tooltip="Of the same frames, at the same size."),
                 io.Float.Input(
                     "merge_ratio",
                     default=0.5,
@@ -55,12 +54,20 @@ class CorrespondenceAttention(io.ComfyNode):
                     step=0.01,
                     tooltip="Less leaves the last part of sampling, the details, as it is without this node.",
                 ),
+                _host.CorrespondenceType.Input(
+                    "correspondence",
+                    optional=True,
+                    tooltip="Of the same frames, at the same size. Without it, tokens see all frames but are not "
+                    "guided to their matches: for comparison.",
+                ),
             ],
             outputs=[io.Model.Output()],
         )
 
     @classmethod
-    def execute(cls, model, correspondence, merge_ratio, spatial_temporal, start_percent, end_percent) -> io.NodeOutput:
+    def execute(
+        cls, model, merge_ratio, spatial_temporal, start_percent, end_percent, correspondence=None
+    ) -> io.NodeOutput:
         patched = _host.guide_self_attention(
             model,
             correspondence,

@@ -1,0 +1,204 @@
+"""What correspondence-guided attention adds to a step of spatial-temporal attention, in time and memory.
+
+    python benchmarks/attention_cost.py [--frames 9] [--size 512x320] [--repeats 3]
+
+A UNet of SD1.5's shape with random weights runs one sampling step, cond and uncond together, in a real ComfyUI
+(COMFYUI_PATH, or as `scripts/host.py` finds it). First the fast attention is held against the plain loops; then steps
+with and without guided attention are timed in turn, and each variant's peak memory is taken in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+VARIANTS = {"spatial-temporal alone": None, "guided, all matches": 0.0, "guided, half merged": 0.5}
+
+
+def prove_equality() -> None:
+    import torch
+
+    from cove import attention, correspondence, reference
+
+    generator = torch.Generator().manual_seed(0)
+    matches = correspondence.find_correspondence(torch.randn(3, 5, 7, 11, generator=generator), window=3, k=2)
+    tokens = torch.randn(2, 3, 35, 22, generator=generator)
+    for ratio in (0.0, 0.5):
+        fast = attention.correspondence_attention(tokens, matches, 2, ratio, memory_budget=10_000)
+        torch.testing.assert_close(fast, reference.correspondence_attention(tokens, matches, 2, ratio))
+
+
+def load(host: Path):
+    """ComfyUI on the CPU, the pack, and a MODEL of SD1.5's shape with random weights."""
+    import importlib.util
+
+    sys.path.insert(0, str(host))
+    sys.path.remove(str(ROOT))  # the pack's `nodes` would hide ComfyUI's
+    import comfy.cli_args
+    import torch
+
+    comfy.cli_args.args.cpu = not torch.cuda.is_available()
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    spec = importlib.util.spec_from_file_location("pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    sys.modules["pack"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    shape = comfy.supported_models.SD15.unet_config | {
+        "image_size": 32,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_res_blocks": [2, 2, 2, 2],
+        "channel_mult": [1, 2, 4, 4],
+        "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+        "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+        "transformer_depth_middle": 1,
+        "num_heads": 8,
+        "num_head_channels": -1,
+        "use_spatial_transformer": True,
+        "legacy": False,
+        "use_temporal_attention": False,
+        "dtype": torch.float32,
+    }
+    config = comfy.supported_models.SD15(shape)
+    config.set_inference_dtype(torch.float32, None)
+    model = config.get_model({})
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            fan_in = max(1, parameter[0].numel()) if parameter.ndim > 1 else 10_000
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / fan_in**0.5)
+    device = comfy.model_management.get_torch_device()
+    return comfy.model_patcher.ModelPatcher(model, device, torch.device("cpu")), sys.modules["pack.nodes._host"]
+
+
+class Step:
+    """One sampling step of each variant on the same latents."""
+
+    def __init__(self, host: Path, frames: int, width: int, height: int):
+        import torch
+
+        from cove.correspondence import find_correspondence
+
+        model, self.host = load(host)
+        generator = torch.Generator().manual_seed(1)
+        size = (height // 8, width // 8)
+        matches = find_correspondence(torch.randn(frames, *size, 32, generator=generator))
+        self.latent = {"samples": torch.randn(frames, 4, *size, generator=generator)}
+        self.text = [[torch.randn(1, 77, 768, generator=generator), {}]]
+        self.sigmas = self.host.sigmas_at(model, [481])
+        self.models = {
+            name: self.host.guide_self_attention(
+                model, None if ratio is None else matches, ratio or 0.0, True, 0.0, 1.0, node="benchmark"
+            )
+            for name, ratio in VARIANTS.items()
+        }
+
+    def run(self, variant: str) -> float:
+        """Seconds of one model call with cond and uncond, whole."""
+        import torch
+
+        seconds = 0.0
+
+        def call(model, x, sigmas, extra_args, callback, disable):
+            nonlocal seconds
+            start = time.perf_counter()
+            model(x, sigmas[0].expand(len(x)), **extra_args)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - start
+            return x
+
+        with torch.inference_mode():
+            self.host.run(self.models[variant], call, self.latent, self.sigmas, self.text, self.text, 7.5)
+        return seconds
+
+
+def measure(step: Step, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each variant, run in turn so that a drifting machine hits all alike; the first round is a warm-up."""
+    rounds = [{name: step.run(name) for name in VARIANTS} for _ in range(repeats + 1)][1:]
+    return {name: [seconds[name] for seconds in rounds] for name in VARIANTS}
+
+
+def working_memory(step: Step, variant: str) -> int:
+    """Bytes that a step takes beyond what was there before it; a first, small allocation peak does not hide it."""
+    import psutil
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step.run(variant)
+        return torch.cuda.max_memory_allocated() - before
+    process, done, peak = psutil.Process(), threading.Event(), 0
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.005):
+            peak = max(peak, process.memory_info().rss)
+
+    before, watcher = process.memory_info().rss, threading.Thread(target=watch)
+    watcher.start()
+    try:
+        step.run(variant)
+    finally:
+        done.set()
+        watcher.join()
+    return peak - before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--frames", type=int, default=9)
+    parser.add_argument("--size", default="512x320", help="width x height in pixels")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    width, height = map(int, arguments.size.split("x"))
+
+    from scripts.host import provide_host
+
+    prove_equality()
+    step = Step(provide_host(), arguments.frames, width, height)
+    if arguments.memory_of:
+        print(working_memory(step, arguments.memory_of))
+        return
+
+    import torch
+    from comfy.ldm.modules.attention import optimized_attention
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    print(
+        f"{device} ({platform.machine()}), torch {torch.__version__}, float32, {arguments.frames} frames of "
+        f"{arguments.size}, cond and uncond together, {optimized_attention.__name__}; median of {arguments.repeats}"
+    )
+    seconds = measure(step, arguments.repeats)
+    del step
+    alone = "spatial-temporal alone"
+    memory = {}
+    for name in VARIANTS:
+        command = [sys.executable, __file__, f"--frames={arguments.frames}", f"--size={arguments.size}"]
+        answer = subprocess.run([*command, f"--memory-of={name}"], check=True, capture_output=True, text=True).stdout
+        memory[name] = int(answer.splitlines()[-1])
+    print(f"{'':24}{'step':>10}{'':>9}{'working memory':>18}")
+    for name in VARIANTS:
+        ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds[alone], strict=True))
+        print(
+            f"{name:24}{statistics.median(seconds[name]):8.1f} s{100 * (ratio - 1):+7.1f} %"
+            f"{memory[name] / 2**20:12.0f} MiB {memory[name] / memory[alone]:5.2f}x"
+        )
+
+
+if __name__ == "__main__":
+    main()

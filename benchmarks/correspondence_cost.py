@@ -1,0 +1,85 @@
+"""What finding the correspondence costs for different windows: the paper's Table 4.
+
+    python benchmarks/correspondence_cost.py [--frames 20] [--grid 64x64] [--channels 320]
+
+First the fast search is held against the plain loops; then each window is run in a process of its own and its time and
+peak memory beyond features and result are taken. The counted operations are the multiplications and additions of one
+direction, 2 * (frames - 1) * height * width * window^2 * channels, as the paper counts them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from cove import correspondence, reference  # noqa: E402
+
+
+def prove_equality() -> None:
+    features = torch.randn(3, 5, 7, 11, generator=torch.Generator().manual_seed(0))
+    for window, k in ((3, 2), (5, 3), (13, 4)):
+        fast = correspondence.find_correspondence(features, window, k)
+        slow = reference.find_correspondence(features, window, k)
+        assert torch.equal(fast.forward, slow.forward) and torch.equal(fast.backward, slow.backward)
+
+
+def run(frames: int, height: int, width: int, channels: int, window: int) -> tuple[float, float]:
+    """Seconds, and MiB beyond features and result."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    features = torch.randn(frames, height, width, channels, generator=torch.Generator().manual_seed(0)).to(device)
+    correspondence.find_correspondence(features[:2, :9, :9], 3, 3)  # what a first call loads is not counted
+    before = _peak(device)
+    start = time.perf_counter()
+    found = correspondence.find_correspondence(features, window, 3)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    result = 2 * found.forward.numel() * found.forward.element_size()
+    return seconds, (_peak(device) - before - result) / 2**20
+
+
+def _peak(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--frames", type=int, default=20)
+    parser.add_argument("--grid", default="64x64", help="height x width in tokens")
+    parser.add_argument("--channels", type=int, default=320)
+    parser.add_argument("--window", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    height, width = map(int, arguments.grid.split("x"))
+    if arguments.window:
+        print(*run(arguments.frames, height, width, arguments.channels, arguments.window))
+        return
+    prove_equality()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    print(
+        f"{device} ({platform.machine()}), torch {torch.__version__}, {arguments.frames} frames of {height}x{width} "
+        f"tokens, {arguments.channels} channels, float32, k = 3, both directions"
+    )
+    print(f"{'window':>8}{'operations':>14}{'time':>10}{'memory':>12}")
+    for window in (3, 9, 15):
+        command = [sys.executable, __file__, *sys.argv[1:], f"--window={window}"]
+        answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        seconds, mebibytes = map(float, answer.split())
+        operations = 2 * (arguments.frames - 1) * height * width * window**2 * arguments.channels
+        print(f"{window:>8}{operations / 1e9:>12.3f}e9{seconds:>8.1f} s{mebibytes:>8.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()
