@@ -90,7 +90,7 @@ def correspondence_attention(
 
     correspondence = correspondence.to(tokens.device)
     flat = tokens.flatten(1, 2)
-    inverse_norm = flat.float().norm(dim=-1).clamp_min(1e-12).reciprocal()
+    inverse_norm = torch.linalg.vector_norm(flat, dim=-1, dtype=torch.float32).clamp_min(1e-12).reciprocal()
     order = bipartite_order(members, tokens.device)
     result = torch.empty_like(tokens)
     if memory_budget is None:

@@ -131,13 +131,17 @@ class Correspondence:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
                     raise ValueError(f"{path} holds no COVE correspondence (expected format {FORMAT})")
-                return cls(
+                found = cls(
                     file.get_tensor("forward"),
                     file.get_tensor("backward"),
                     *(int(metadata[name]) for name in ("height", "width", "window")),
                 )
-        except SafetensorError as error:
-            raise ValueError(f"{path} cannot be read as a safetensors file: {error}") from error
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
+        tokens = found.height * found.width
+        if any(((matches < 0) | (matches >= tokens)).any() for matches in (found.forward, found.backward)):
+            raise ValueError(f"{path} is damaged: it names tokens outside its grid of {found.height}x{found.width}")
+        return found
 
 
 def check_window(window: int, k: int, height: int, width: int) -> None:
@@ -163,7 +167,8 @@ def find_correspondence(
     (arXiv 2406.08850), section 3.2, Eq. 7-10.
 
     Rows of tokens are multiplied with rows of tokens, a few at a time, so that the similarities held at once stay
-    within `SIMILARITY_BYTES`, whatever the window.
+    within `SIMILARITY_BYTES`, whatever the window. The products are summed in double: single precision would round
+    them differently from column to column, and equal tokens would not tie.
 
     Args:
         features: [frames, height, width, channels], any float dtype; compared in float32.
@@ -234,6 +239,7 @@ def _window_similarity(source: Tensor, target: Tensor, top: int, window: int) ->
     """
     height, width, _ = target.shape
     reach = window // 2
+    precise = torch.float32 if source.device.type == "mps" else torch.float64  # Metal has no doubles
     similarity = source.new_full((source.shape[0], width, window, window), -torch.inf)
     # Of the product of two rows, column w needs columns w - reach ... w + reach: a band.
     band = torch.arange(width, device=source.device)[:, None] + torch.arange(window, device=source.device)
@@ -242,7 +248,8 @@ def _window_similarity(source: Tensor, target: Tensor, top: int, window: int) ->
         if rows.start >= rows.stop:
             continue
         moved = target[rows.start + top + dy : rows.stop + top + dy]
-        product = F.pad(torch.bmm(source[rows], moved.transpose(1, 2)), (reach, reach), value=-torch.inf)
+        product = torch.bmm(source[rows].to(precise), moved.to(precise).transpose(1, 2)).to(source.dtype)
+        product = F.pad(product, (reach, reach), value=-torch.inf)
         similarity[rows, :, dy + reach] = product.gather(2, band.expand(len(product), -1, -1))
     return similarity
 

@@ -31,10 +31,12 @@ def inversion_timesteps(steps: int, sampling_steps: int) -> list[int]:
     start = sampling_timesteps(sampling_steps)[-1]
     grid = sampling_timesteps(steps)
     if start not in grid:
+        reaching = [n for n in range(1, TRAIN_TIMESTEPS + 1) if start in sampling_timesteps(n)]
+        nearest = sorted(sorted(reaching, key=lambda n: abs(n - steps))[:3])
         raise ValueError(
             f"{steps} inversion steps (timesteps {_spell(grid)}) never reach timestep {start}, where {sampling_steps} "
             f"sampling steps begin (timesteps {_spell(sampling_timesteps(sampling_steps))}). "
-            f"Make the inversion steps a multiple of the sampling steps, for example {2 * sampling_steps}."
+            f"Numbers of inversion steps near it that do: {_spell(nearest)}."
         )
     return grid[: grid.index(start) + 1]
 

@@ -80,7 +80,7 @@ def feature_picture(features: Tensor) -> Tensor:
     # Eigenvectors of the covariance: the axes of a PCA, at the cost of a [channels, channels] problem.
     _, axes = torch.linalg.eigh(flat.T @ flat)
     axes = axes[:, -3:].flip(1)
-    axes = axes * axes.sum(0).sign().where(axes.sum(0) != 0, 1.0)  # the sign of an axis is arbitrary: fix it
+    axes = torch.where(axes.sum(0) < 0, -axes, axes)  # an axis may point either way: choose one
     shown = flat @ axes
     shown = F.pad(shown, (0, 3 - shown.shape[1]))
     low, high = shown.amin(0), shown.amax(0)

@@ -6,6 +6,7 @@ Everything here is read from ComfyUI 0.3.75 and kept to what core nodes use, too
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,8 +33,8 @@ CorrespondenceType = io.Custom("COVE_CORRESPONDENCE")
 
 KEY = "cove"
 GRID_KEY = "cove_sigmas"
-# Core nodes that change how many tokens self-attention sees.
-TOKEN_CHANGERS = {"comfy_extras.nodes_tomesd": "Patch ToMe", "comfy_extras.nodes_hypertile": "HyperTile"}
+# Core nodes that change how many tokens self-attention sees, by the file they stand in.
+TOKEN_CHANGERS = {"nodes_tomesd": "Patch ToMe", "nodes_hypertile": "HyperTile"}
 
 Block = tuple[str, int]
 
@@ -107,25 +108,43 @@ def run(
     positive,
     negative=None,
     cfg: float = 1.0,
+    *,
+    node: str,
     callback: Callable | None = None,
     **options,
 ) -> dict[str, Any]:
     """Run a k-diffusion style function on a LATENT as the core samplers do, without adding noise."""
     samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
-    result = comfy.sample.sample_custom(
-        model,
-        torch.zeros_like(samples),
-        cfg,
-        comfy.samplers.KSAMPLER(function, extra_options=options),
-        sigmas,
-        positive,
-        positive if negative is None else negative,
-        samples,
-        callback=callback,
-        seed=0,
-    )
-    kept = {name: value for name, value in latent.items() if name not in ("noise_mask", GRID_KEY)}
-    return {**kept, "samples": result}
+    channels = model.get_model_object("latent_format").latent_channels
+    if samples.ndim != 4 or samples.shape[1] != channels:
+        raise ValueError(
+            f"{node}: expected latents [frames, {channels}, height, width] for this model, got {list(samples.shape)}. "
+            f"Encode the frames with the VAE of the same checkpoint."
+        )
+    check_finite(samples, "latents that came in", node)
+    try:
+        result = comfy.sample.sample_custom(
+            model,
+            torch.zeros_like(samples),
+            cfg,
+            comfy.samplers.KSAMPLER(function, extra_options=options),
+            sigmas,
+            positive,
+            positive if negative is None else negative,
+            samples,
+            callback=callback,
+            seed=0,
+        )
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{node}: {error}") from error
+    return {name: value for name, value in latent.items() if name != GRID_KEY} | {"samples": result}
+
+
+def run_unet(denoise, x: Tensor, sigma: Tensor, model_options: dict[str, Any]) -> None:
+    """One pass of the UNet inside `run`, with the positive conditioning and without what guiders or windows add."""
+    guider = denoise.inner_model
+    options = {**model_options, "context_handler": None}
+    comfy.samplers.calc_cond_batch(guider.inner_model, [guider.conds["positive"]], x, sigma.expand(len(x)), options)
 
 
 def plain_conditioning(model, conditioning=None):
@@ -135,20 +154,52 @@ def plain_conditioning(model, conditioning=None):
         cut = ("control", "control_apply_to_uncond", "area", "mask", "gligen", "start_percent", "end_percent", "hooks")
         return [[text, {name: value for name, value in extras.items() if name not in cut}]]
     unet = model.model.model_config.unet_config
-    pooled = torch.zeros(1, unet.get("adm_in_channels") or 0)
     # SDXL's vector holds the pooled text and six sizes of 256 numbers each.
-    return [
-        [torch.zeros(1, 77, unet["context_dim"]), {"pooled_output": pooled[:, : max(0, pooled.shape[1] - 6 * 256)]}]
-    ]
+    pooled = torch.zeros(1, max(0, (unet.get("adm_in_channels") or 0) - 6 * 256))
+    return [[torch.zeros(1, 77, unet["context_dim"]), {"pooled_output": pooled}]]
 
 
 def preview(model, steps: int) -> Callable:
     """Progress bar, latent preview and a check for interruption after each step."""
-    return latent_preview.prepare_callback(model, steps)
+    show = latent_preview.prepare_callback(model, steps)
+
+    def callback(*step) -> None:
+        show(*step)
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    return callback
+
+
+def check_finite(frames: Tensor, what: str, node: str) -> None:
+    """An error that names the frames with NaN or Inf in them, if there are any."""
+    broken = [i for i, frame in enumerate(frames) if not frame.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"{node}: expected finite numbers, got NaN or Inf in the {what}, frames {broken[:8]}. Look at the node "
+            f"before; if it ran in half precision, run it in fp32 or bf16."
+        )
+
+
+def check_unmasked(latent: dict[str, Any], node: str) -> None:
+    """An error when a LATENT carries a mask: ComfyUI would keep the noise outside of it, not the clip."""
+    if "noise_mask" in latent:
+        raise ValueError(
+            f"{node}: expected latents without a noise mask, got some with one, which cannot work on inverted noise. "
+            f"Take the mask off; after decoding, put the edited frames over the source with ImageCompositeMasked."
+        )
+
+
+def check_unguided(model, node: str) -> None:
+    """An error when MODEL has Correspondence Attention already."""
+    if model.get_wrappers(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, KEY):
+        raise ValueError(
+            f"{node}: expected a model without Correspondence Attention, got one with it. Connect the one before it."
+        )
 
 
 def check_start(latent: dict[str, Any], sigmas: Tensor, node: str) -> None:
     """An error when the latents come from an inversion that ended elsewhere than where `sigmas` start."""
+    check_unmasked(latent, node)
     grid = latent.get(GRID_KEY)
     if grid is not None and not math.isclose(float(grid[-1]), float(sigmas[0]), rel_tol=1e-4):
         raise ValueError(
@@ -158,8 +209,10 @@ def check_start(latent: dict[str, Any], sigmas: Tensor, node: str) -> None:
         )
 
 
-def check_hints(conds: list[dict], frames: int, windowed: bool, node: str) -> None:
+def check_hints(conds: list[dict], frames: int, model_options: dict[str, Any], node: str) -> None:
     """An error when a ControlNet's hints are neither one nor one a frame; `conds` are conditioning dictionaries."""
+    windows = model_options.get("context_handler")
+    cut = windows is not None and frames > windows.context_length
     for cond in conds:
         control = cond.get("control")
         while control is not None:
@@ -170,7 +223,7 @@ def check_hints(conds: list[dict], frames: int, windowed: bool, node: str) -> No
                     f"for each frame: make the hints from the same frames, with the same start, count and stride."
                 )
             # Advanced-ControlNet follows the window by itself.
-            if hint is not None and len(hint) > 1 and windowed and not hasattr(control, "sub_idxs"):
+            if hint is not None and len(hint) > 1 and cut and not hasattr(control, "sub_idxs"):
                 raise ValueError(
                     f"{node}: with context windows, ComfyUI gives every window the hints of the first frames. Remove "
                     f"the context windows, use one hint image for all frames, or use Advanced-ControlNet."
@@ -180,23 +233,26 @@ def check_hints(conds: list[dict], frames: int, windowed: bool, node: str) -> No
 
 def check_conditioning(conditioning, latent: dict[str, Any], model, node: str) -> None:
     """`check_hints` for a CONDITIONING, before a run."""
-    windowed = "context_handler" in model.model_options
-    check_hints([extras for _, extras in conditioning], len(latent["samples"]), windowed, node)
+    check_hints([extras for _, extras in conditioning], len(latent["samples"]), model.model_options, node)
 
 
 # --- the attention patch -----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GuidedSelfAttention:
     """Takes the place of self-attention in the blocks of one level. Holds settings; nothing changes in a run."""
 
-    correspondence: Correspondence
+    correspondence: Correspondence | None  # None: spatial-temporal attention alone
     merge_ratio: float
     all_frames: bool
     sigma_start: float
     sigma_end: float
     level: int
+
+    def __deepcopy__(self, memo: dict) -> GuidedSelfAttention:
+        """Itself: MODEL.clone() copies its options deeply, and the correspondence is large."""
+        return self
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
         """Projected tokens [conds*frames, tokens, channels] -> what goes into `to_out`, of the same shape."""
@@ -204,15 +260,13 @@ class GuidedSelfAttention:
         attend = partial(optimized_attention, attn_precision=options.get("attn_precision"), transformer_options=options)
         grid = tuple(options["activations_shape"][2:])
         if query.shape[1] != math.prod(grid):
-            raise ValueError(
-                f"Correspondence Attention: {query.shape[1]} tokens came for a grid of {grid[0]}x{grid[1]}. Another "
-                f"node changes the number of tokens (ToMe, HyperTile or the like); take it off this model."
-            )
+            raise _other_tokens(f"{query.shape[1]} tokens", grid)
         if not self.sigma_end <= float(options["sigmas"][0]) <= self.sigma_start:
             return attend(query, key, value, heads)
 
         conds = len(options["cond_or_uncond"])
-        frame_indices = window_of(options) or list(range(self.correspondence.frames))
+        clip = query.shape[0] // conds if self.correspondence is None else self.correspondence.frames
+        frame_indices = window_of(options) or list(range(clip))
         frames = len(frame_indices)
         if query.shape[0] != conds * frames:
             raise ValueError(
@@ -223,6 +277,8 @@ class GuidedSelfAttention:
             tokens = spatial_temporal_attention(query, key, value, frames, heads, attend)
         else:
             tokens = attend(query, key, value, heads)
+        if self.correspondence is None:
+            return tokens
         run = options[KEY]
         if grid_at(run["latent_size"], self.level) != (self.correspondence.height, self.correspondence.width):
             return tokens
@@ -237,12 +293,20 @@ class GuidedSelfAttention:
 
     def _of_area(self, area: tuple[int, ...] | None, grid: tuple[int, int]) -> Correspondence:
         """The correspondence on the part of the picture that a conditioning with an area is run on."""
+        whole = (self.correspondence.height, self.correspondence.width)
         if area is None:
+            if grid != whole:
+                raise _other_tokens(f"{grid[0]}x{grid[1]}", whole)
             return self.correspondence
         top, left = area[2] >> self.level, area[3] >> self.level
-        top = min(top, self.correspondence.height - grid[0])
-        left = min(left, self.correspondence.width - grid[1])
-        return self.correspondence.crop(top, left, *grid)
+        return self.correspondence.crop(min(top, whole[0] - grid[0]), min(left, whole[1] - grid[1]), *grid)
+
+
+def _other_tokens(came: str, grid: tuple[int, int]) -> ValueError:
+    return ValueError(
+        f"Correspondence Attention: expected a grid of {grid[0]}x{grid[1]} tokens, got {came}. Another node changes "
+        f"them (ToMe, HyperTile, Deep Shrink or the like); take it off this model."
+    )
 
 
 def window_of(options: dict[str, Any]) -> list[int] | None:
@@ -255,7 +319,7 @@ def window_of(options: dict[str, Any]) -> list[int] | None:
 
 def guide_self_attention(
     model,
-    correspondence: Correspondence,
+    correspondence: Correspondence | None,
     merge_ratio: float,
     all_frames: bool,
     start_percent: float,
@@ -292,7 +356,8 @@ def _check_slots(model_options: dict[str, Any], node: str, patches: dict[Block, 
                 f"this model (a second Correspondence Attention counts, too)."
             )
     for patch in options.get("patches", {}).get("attn1_patch", []):
-        name = TOKEN_CHANGERS.get(getattr(patch, "__module__", ""))
+        # The host names the modules of its extra nodes by their path, without the ending.
+        name = TOKEN_CHANGERS.get(re.split(r"[./\\]", getattr(patch, "__module__", ""))[-1])
         if name:
             raise ValueError(f"{node}: {name} changes the number of tokens; take it off this model.")
 
@@ -302,13 +367,21 @@ def _check_run(node: str, patches: dict[Block, GuidedSelfAttention], executor, n
     guider = executor.class_obj
     _check_slots(guider.model_options, node, patches)
     correspondence = next(iter(patches.values())).correspondence
+    if correspondence is not None:
+        _check_fit(correspondence, noise, {patch.level for patch in patches.values()}, node)
+    check_hints([cond for some in guider.conds.values() for cond in some], len(noise), guider.model_options, node)
+    return executor(noise, *args, **kwargs)
+
+
+def _check_fit(correspondence: Correspondence, noise: Tensor, levels: set[int], node: str) -> None:
+    """An error when latents are not of the frames or of the size that the correspondence was found in."""
     if len(noise) != correspondence.frames:
         raise ValueError(
             f"{node}: {len(noise)} frames of latents came, but the correspondence is of {correspondence.frames}. "
             f"Make both from the same frames."
         )
     size, grid = tuple(noise.shape[-2:]), (correspondence.height, correspondence.width)
-    grids = sorted({grid_at(size, patch.level) for patch in patches.values()}, reverse=True)
+    grids = sorted({grid_at(size, level) for level in levels}, reverse=True)
     if grid not in grids:
         raise ValueError(
             f"{node}: the correspondence is of a {grid[0]}x{grid[1]} grid (height x width), but at latents of "
@@ -316,9 +389,6 @@ def _check_run(node: str, patches: dict[Block, GuidedSelfAttention], executor, n
             f"{', '.join(f'{height}x{width}' for height, width in grids)}. Make the features from latents of the same "
             f"size and with the same checkpoint."
         )
-    windowed = "context_handler" in guider.model_options
-    check_hints([cond for conds in guider.conds.values() for cond in conds], len(noise), windowed, node)
-    return executor(noise, *args, **kwargs)
 
 
 def _tell_areas(executor, model, conds, x_in: Tensor, timestep: Tensor, model_options: dict[str, Any]):

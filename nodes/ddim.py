@@ -63,9 +63,10 @@ class DDIMInversion(io.ComfyNode):
         except ValueError as error:
             raise ValueError(f"{node}: {error}") from error
         sigmas = torch.cat((torch.zeros(1), _host.sigmas_at(model, timesteps)))
+        _host.check_unmasked(latent, node)
         _host.check_conditioning(conditioning, latent, model, node)
-        callback = _host.preview(model, len(sigmas) - 1)
-        noise = _host.run(model, ddim.invert, latent, sigmas, conditioning, callback=callback, refinements=refinements)
+        options = {"node": node, "callback": _host.preview(model, len(sigmas) - 1), "refinements": refinements}
+        noise = _host.run(model, ddim.invert, latent, sigmas, conditioning, **options)
         return io.NodeOutput({**noise, _host.GRID_KEY: sigmas})
 
 
@@ -106,8 +107,8 @@ class DDIMSampler(io.ComfyNode):
         sigmas = sampling_sigmas(model, steps)
         _host.check_start(noise, sigmas, node)
         _host.check_conditioning([*positive, *negative], noise, model, node)
-        callback = _host.preview(model, steps)
-        return io.NodeOutput(_host.run(model, ddim.sample, noise, sigmas, positive, negative, cfg, callback))
+        options = {"node": node, "callback": _host.preview(model, steps)}
+        return io.NodeOutput(_host.run(model, ddim.sample, noise, sigmas, positive, negative, cfg, **options))
 
 
 class DDIMSamplerSelect(io.ComfyNode):

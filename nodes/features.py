@@ -89,6 +89,7 @@ class DiffusionFeatures(io.ComfyNode):
     ) -> io.NodeOutput:
         node = "Diffusion Features"
         unet = _host.unet_of(model, node)
+        _host.check_unguided(model, node)
         layer = _host.decoder_level_end(unet, level, node)
         grids = sorted(set(_host.self_attention_levels(unet).values()))
         if attention_level >= len(grids):
@@ -104,7 +105,7 @@ class DiffusionFeatures(io.ComfyNode):
         def probe(denoise, x, sigmas, extra_args, callback, disable):
             def decode(noisy: Tensor) -> Tensor:
                 with _host.captured(layer) as outputs:
-                    denoise(noisy, sigmas[0].expand(len(noisy)), **extra_args)
+                    _host.run_unet(denoise, noisy, sigmas[0], extra_args["model_options"])
                 if len(outputs) != 1:
                     raise RuntimeError(f"{node}: the UNet's decoder ran {len(outputs)} times, expected once")
                 return outputs[0]
@@ -114,8 +115,9 @@ class DiffusionFeatures(io.ComfyNode):
             return x
 
         sigmas = _host.sigmas_at(model, [timestep])
-        _host.run(model, probe, latent, sigmas, _host.plain_conditioning(model, conditioning))
+        _host.run(model, probe, latent, sigmas, _host.plain_conditioning(model, conditioning), node=node)
         result = found[0].to(comfy.model_management.intermediate_device())
+        _host.check_finite(result, "features", node)
         picture = features.feature_picture(result).movedim(-1, 1)
         picture = torch.nn.functional.interpolate(picture, (size[0] * 8, size[1] * 8), mode="nearest")
         return io.NodeOutput(result, picture.movedim(1, -1))

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import importlib
 import importlib.util
 import sys
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from scripts.host import PACK, Server, lay_out, provide_host
 from scripts.random_models import FAMILIES, write_checkpoint, write_controlnet
+from tests.helpers import state_of
 
 
 @pytest.fixture(scope="session")
@@ -72,3 +78,69 @@ def pack(comfy):
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def load(comfy, base, models):
+    """Kind -> MODEL as the stock loader gives it, without text encoder and autoencoder; each is loaded once.
+
+    Tensors this small are as fast on one thread, and many times faster than on two when the machine is busy.
+    """
+    import comfy.sd
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def loaded(kind: str):
+        path = str(base / "models/checkpoints" / models[kind])
+        return comfy.sd.load_checkpoint_guess_config(path, output_vae=False, output_clip=False)[0]
+
+    yield cache(loaded)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def nodes(pack) -> dict[str, type]:
+    """Node id, without the leading Cove -> class."""
+    extension = asyncio.run(pack.comfy_entrypoint())
+    found = asyncio.run(extension.get_node_list())
+    return {node.define_schema().node_id.removeprefix("Cove"): node for node in found}
+
+
+@pytest.fixture(scope="session")
+def cove(pack):
+    """The pack's own `cove.correspondence`, `cove.reference` and so on: classes are the same as in its nodes."""
+    names = ("correspondence", "reference", "ddim")
+    return SimpleNamespace(**{name: importlib.import_module(f"{pack.__name__}.cove.{name}") for name in names})
+
+
+@pytest.fixture
+def host_module(pack):
+    """The pack's `nodes/_host.py`."""
+    return importlib.import_module(f"{pack.__name__}.nodes._host")
+
+
+@pytest.fixture
+def sd15(load):
+    """A small SD1.5 MODEL, as a node gets it: under inference mode; a node must leave it as it was."""
+    model = load("sd15")
+    before = state_of(model)
+    with torch.inference_mode():
+        yield model
+    assert state_of(model) == before
+
+
+@pytest.fixture(scope="session")
+def control(comfy, base, controlnets):
+    """Hints and strength -> a CONDITIONING with a ControlNet, as the stock nodes make it."""
+    import comfy.controlnet
+
+    from nodes import ControlNetApplyAdvanced
+
+    net = comfy.controlnet.load_controlnet(str(base / "models/controlnet" / controlnets["sd15"]))
+
+    def controlled(conditioning, hints, strength=1.0):
+        apply = ControlNetApplyAdvanced().apply_controlnet
+        return apply(conditioning, conditioning, net, hints, strength, 0.0, 1.0)[0]
+
+    return controlled

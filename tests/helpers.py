@@ -1,0 +1,76 @@
+"""What the tests of the nodes share: small inputs, one look through a model, one call of a node.
+
+Frames, height and width are different primes; 5x7 and 7x13 latents are 3x4 and 4x7 one level down.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FRAMES, HEIGHT, WIDTH = 3, 5, 7
+TEXT = {"sd15": (768, None), "sd21": (1024, None), "sd21v": (1024, None), "sdxl": (2048, 1280)}
+
+
+def call(node, **inputs) -> tuple:
+    """What a node gives out for these inputs and its own defaults."""
+    defaults = {
+        slot.id: slot.default for slot in node.define_schema().inputs if getattr(slot, "default", None) is not None
+    }
+    return node.execute(**defaults | inputs).args
+
+
+def latents(frames: int = FRAMES, height: int = HEIGHT, width: int = WIDTH, seed: int = 0) -> dict[str, Tensor]:
+    """A LATENT of random numbers of the size that VAE encoding gives."""
+    return {"samples": 5 * torch.randn(frames, 4, height, width, generator=torch.Generator().manual_seed(seed))}
+
+
+def prompt(seed: int = 0, kind: str = "sd15", **extras) -> list:
+    """A CONDITIONING of random numbers, as different from another seed's as a prompt can be."""
+    width, pooled = TEXT[kind]
+    generator = torch.Generator().manual_seed(seed)
+    vector = {"pooled_output": torch.randn(1, pooled, generator=generator)} if pooled else {}
+    return [[5 * torch.randn(1, 77, width, generator=generator), vector | extras]]
+
+
+def hints(frames: int = FRAMES, height: int = HEIGHT, width: int = WIDTH, seed: int = 0) -> Tensor:
+    """Random pictures for a ControlNet, of latents of this size."""
+    return torch.rand(frames, 8 * height, 8 * width, 3, generator=torch.Generator().manual_seed(seed))
+
+
+def predict(model, latent: dict[str, Tensor], positive, negative=None, cfg: float = 1.0, sigma: float = 3.0) -> Tensor:
+    """The model's answer at one sigma, through all that a stock sampler goes through."""
+    import comfy.sample
+    import comfy.samplers
+
+    def once(denoise, x, sigmas, extra_args, callback, disable):
+        return denoise(x, sigmas[0].expand(len(x)), **extra_args)
+
+    samples = latent["samples"]
+    # As many sigmas as frames: core's context windows (0.3.75) compare them one by one.
+    sigmas = sigma * torch.eye(max(2, len(samples)))[0]
+    negative = positive if negative is None else negative
+    sampler = comfy.samplers.KSAMPLER(once)
+    noise = torch.zeros_like(samples)
+    return comfy.sample.sample_custom(
+        model, noise, cfg, sampler, sigmas, positive, negative, samples, disable_pbar=True
+    )
+
+
+def state_of(model) -> dict[str, Any]:
+    """All of a MODEL that a node could change without owning it, in comparable form."""
+
+    def spelled(value):
+        if isinstance(value, dict):
+            return {key: spelled(item) for key, item in value.items()}
+        return [spelled(item) for item in value] if isinstance(value, list | tuple) else id(value)
+
+    unet = model.model.diffusion_model
+    hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in unet.modules())
+    names = ("model_options", "wrappers", "callbacks", "injections", "object_patches", "attachments", "patches")
+    return {name: spelled(getattr(model, name)) for name in names} | {
+        "hooks": hooks,
+        "forwards": [name for name, module in unet.named_modules() if "forward" in vars(module)],
+    }

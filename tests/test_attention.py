@@ -1,0 +1,174 @@
+"""Attention across frames is what the plain loops say, whatever the chunk, and never holds all sets at once."""
+
+import weakref
+
+import pytest
+import torch
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from cove import reference
+from cove.attention import correspondence_attention, sdpa, spatial_temporal_attention
+from cove.correspondence import find_correspondence
+from tests.method_helpers import DEVICES, half_is_as_good, randn
+
+SIZES = [(2, 3, 5, 7, 22), (1, 5, 7, 5, 33), (1, 3, 7, 11, 15)]  # batch, frames, height, width, channels
+RATIOS = [0, 0.25, 0.3, 0.5]
+
+
+def clip(batch, frames, height, width, channels, k=3, dtype=torch.float32):
+    found = find_correspondence(randn(frames, height, width, 4, seed=1), 5, k)
+    return randn(batch, frames, height * width, channels, dtype=dtype), found
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize(
+    ("size", "heads", "k", "include_self"),
+    [(SIZES[0], 2, 3, False), (SIZES[0], 11, 4, True), (SIZES[1], 3, 2, False), (SIZES[2], 5, 3, True)],
+)
+def test_matches_reference(size, heads, k, include_self, ratio, device):
+    tokens, found = clip(*size, k)
+    result = correspondence_attention(tokens.to(device), found, heads, ratio, include_self=include_self)
+    expected = reference.correspondence_attention(tokens, found, heads, ratio, include_self=include_self)
+    assert_close(result.cpu(), expected)
+
+
+@pytest.mark.parametrize("include_self", [False, True])
+@pytest.mark.parametrize("frame_indices", [[1, 2, 4], [4, 1], [3, 0, 4, 1]])
+def test_frames_of_a_longer_clip(frame_indices, include_self):
+    tokens, found = clip(*SIZES[1])
+    arguments = tokens[:, frame_indices], found, 3, 0.3, frame_indices, include_self
+    assert_close(correspondence_attention(*arguments), reference.correspondence_attention(*arguments))
+
+
+def test_order_of_frames_does_not_matter():
+    tokens, found = clip(*SIZES[1])
+    order = [3, 0, 4, 2, 1]
+    expected = correspondence_attention(tokens, found, 3)[:, order]
+    assert_close(correspondence_attention(tokens[:, order], found, 3, frame_indices=order), expected)
+
+
+@pytest.mark.parametrize("ratio", [0, 0.5])
+@pytest.mark.parametrize("budget", [1, 20_000, 1 << 30])
+def test_any_memory_budget_gives_the_same(budget, ratio):
+    tokens, found = clip(*SIZES[0])
+    expected = correspondence_attention(tokens, found, 2, ratio)
+    assert_close(correspondence_attention(tokens, found, 2, ratio, memory_budget=budget), expected)
+
+
+@pytest.mark.parametrize("budget", [1, 20_000, 1 << 30])
+def test_memory_budget_sets_the_chunk(budget, monkeypatch):
+    """A gathered set of 6 tokens of 22 channels takes 528 bytes: chunks hold them within the budget, or one token."""
+    chunks = []
+    monkeypatch.setattr("cove.attention.sdpa", lambda q, k, v, heads: chunks.append(len(q)) or sdpa(q, k, v, heads))
+    correspondence_attention(*clip(*SIZES[0]), 2, 0.5, memory_budget=budget)
+    assert sum(chunks) == 2 * 3 * 35
+    expected = {1: (1, 1), 20_000: (10, 20_000 // 528), 1 << 30: (35, 35)}[budget]
+    assert expected[0] <= max(chunks) <= expected[1]
+
+
+def test_batched_is_one_by_one():
+    tokens, found = clip(*SIZES[0])
+    one_by_one = torch.cat([correspondence_attention(clip, found, 2) for clip in tokens.split(1)])
+    assert_close(correspondence_attention(tokens, found, 2), one_by_one)
+
+
+@pytest.mark.parametrize("frame_indices", [None, [2]])
+def test_one_frame_is_left_alone(frame_indices):
+    tokens, found = clip(2, 3 if frame_indices else 1, 5, 7, 22)
+    tokens = tokens[:, :1]
+    assert torch.equal(correspondence_attention(tokens, found, 2, 0.5, frame_indices), tokens)
+    assert_close(correspondence_attention(tokens, found, 2, 0.5, frame_indices, include_self=True), tokens)
+
+
+def test_input_stays_as_it_was():
+    tokens, found = clip(*SIZES[0])
+    correspondence_attention(tokens, found, 2)
+    assert torch.equal(tokens, clip(*SIZES[0])[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("ratio", [0, 0.5])
+def test_half_precision(dtype, ratio):
+    tokens, found = clip(1, 3, 5, 7, 22, dtype=dtype)
+    result = correspondence_attention(tokens, found, 2, ratio)
+    exact = reference.correspondence_attention(tokens.double(), found, 2, ratio)
+    half_is_as_good(result, reference.correspondence_attention(tokens, found, 2, ratio), exact)
+
+
+@pytest.mark.parametrize(
+    ("shape", "arguments", "message"),
+    [
+        ((3, 35, 22), {}, "tokens must be"),
+        ((1, 2, 35, 22), {}, "2 frames came"),
+        ((1, 2, 35, 22), {"frame_indices": [0, 1, 2]}, "2 frames came"),
+        ((1, 2, 35, 22), {"frame_indices": [1, 1]}, "2 frames came"),
+        ((1, 2, 35, 22), {"frame_indices": [0, 3]}, "frame 3 is outside"),
+        ((1, 3, 36, 22), {}, "36 tokens a frame came, .* 5x7"),
+        ((1, 3, 35, 21), {}, "21 channels cannot be split into 2"),
+        ((1, 3, 35, 22), {"merge_ratio": 0.6}, "from 0 to 0.5"),
+    ],
+)
+def test_bad_input(shape, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        correspondence_attention(randn(*shape), clip(*SIZES[0])[1], 2, **arguments)
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+def test_spatial_temporal_attention_matches_reference(frames):
+    query, key, value = randn(3, 2 * frames, 5, 22)
+    expected = reference.spatial_temporal_attention(query, key, value, frames, 2)
+    assert_close(spatial_temporal_attention(query, key, value, frames, 2), expected)
+
+
+def test_spatial_temporal_attention_of_one_frame_is_self_attention():
+    query, key, value = randn(3, 5, 7, 22)
+    assert torch.equal(spatial_temporal_attention(query, key, value, 1, 2), sdpa(query, key, value, 2))
+
+
+def test_spatial_temporal_attention_uses_the_attention_given():
+    def attend(query, key, value, heads):
+        assert query.shape == (2, 15, 22) and heads == 11
+        return query + 10 * key + 100 * value
+
+    query, key, value = randn(3, 6, 5, 22)
+    assert_close(spatial_temporal_attention(query, key, value, 3, 11, attend), query + 10 * key + 100 * value)
+
+
+class Held(TorchDispatchMode):
+    """Counts the bytes of all tensors that come into being inside, while they live."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        inputs = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in inputs:
+                self.hold(x.untyped_storage())
+        return result
+
+    def hold(self, storage):
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self.release, storage.nbytes())
+
+    def release(self, size):
+        self.now -= size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("frames", "k"), [(3, 3), (20, 3), (20, 9)])
+def test_memory_does_not_grow_with_frames_and_matches(frames, k, dtype):
+    """The budget holds all but the result and a frame's indices; 20 frames' sets of 9 would take 18 MB a frame."""
+    tokens, found = clip(1, frames, 7, 11, 352, k, dtype)
+    with Held() as held:
+        result = correspondence_attention(tokens, found, 2, memory_budget=1 << 20)
+    indices = 8 * 77 * (frames - 1) * k
+    working = held.peak - result.nbytes
+    print(f"{working / 2**20:.2f} MiB, indices {indices / 2**20:.2f} MiB")
+    assert (1 << 19) < working < (1 << 20) + 4 * indices

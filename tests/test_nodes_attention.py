@@ -1,0 +1,315 @@
+"""Correspondence Attention in a real UNet: what each block computes, in every way a host may call it."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from tests.helpers import FRAMES, HEIGHT, WIDTH, call, latents, predict, prompt, state_of
+
+LEVEL_0, LEVEL_1 = (5, 7), (3, 4)  # token grids of 5x7 latents in a UNet of two levels
+
+
+@pytest.fixture
+def matches(cove):
+    """(frames, grid) -> a correspondence of random tokens: any place may match any other, none twice."""
+
+    def random(frames=FRAMES, grid=LEVEL_0, k=3, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        tokens = grid[0] * grid[1]
+        both = torch.rand((2, frames - 1, tokens, tokens), generator=generator).argsort(-1)[..., :k].int()
+        return cove.correspondence.Correspondence(*both, *grid, window=3)
+
+    return random
+
+
+@pytest.fixture
+def guide(nodes):
+    """MODEL and settings -> MODEL out of Correspondence Attention."""
+    return lambda model, correspondence=None, **settings: call(
+        nodes["CorrespondenceAttention"], model=model, correspondence=correspondence, **settings
+    )[0]
+
+
+@pytest.fixture
+def recorded(host_module, monkeypatch):
+    """Every call of the patch from here on: what came, what it gave."""
+    calls, original = [], host_module.GuidedSelfAttention.__call__
+
+    def record(self, query, key, value, options):
+        result = original(self, query, key, value, options)
+        calls.append(SimpleNamespace(patch=self, qkv=(query, key, value), options=options, result=result))
+        return result
+
+    monkeypatch.setattr(host_module.GuidedSelfAttention, "__call__", record)
+    return calls
+
+
+def reference(cove, seen, correspondence, merge_ratio=0.5, window=None, all_frames=True):
+    """What a recorded call should have given, as plain loops."""
+    heads, conds = seen.options["n_heads"], len(seen.options["cond_or_uncond"])
+    frames = seen.qkv[0].shape[0] // conds
+    plain = cove.reference.spatial_temporal_attention
+    tokens = plain(*seen.qkv, frames if all_frames else 1, heads)
+    if correspondence is None or seen.options["activations_shape"][2:] != [correspondence.height, correspondence.width]:
+        return tokens
+    clips = tokens.unflatten(0, (conds, frames))
+    return cove.reference.correspondence_attention(clips, correspondence, heads, merge_ratio, window).flatten(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("merge_ratio", "spatial_temporal", "grid"),
+    [
+        (0.5, "all frames", LEVEL_0),
+        (0.0, "own frame", LEVEL_0),
+        (0.25, "all frames", LEVEL_1),
+        (0.5, "all frames", None),
+    ],
+)
+def test_every_block_computes_what_the_reference_does(
+    sd15, cove, guide, matches, recorded, merge_ratio, spatial_temporal, grid
+):
+    correspondence = matches(grid=grid) if grid else None
+    model = guide(sd15, correspondence, merge_ratio=merge_ratio, spatial_temporal=spatial_temporal)
+    predict(model, latents(), prompt(1))
+    grids = [tuple(seen.options["activations_shape"][2:]) for seen in recorded]
+    assert grids == [LEVEL_0, LEVEL_1, LEVEL_1, LEVEL_1, LEVEL_1, LEVEL_0, LEVEL_0]
+    for seen in (recorded[0], recorded[2], recorded[-1]):
+        expected = reference(cove, seen, correspondence, merge_ratio, all_frames=spatial_temporal == "all frames")
+        assert_close(seen.result, expected, rtol=1e-4, atol=1e-4)
+
+
+# --- together, apart, reversed ---
+
+
+def test_halves_together_apart_and_reversed_give_the_same(comfy, sd15, guide, matches, recorded, monkeypatch):
+    import comfy.samplers
+
+    model = guide(sd15, matches())
+    arguments = (latents(), prompt(1), prompt(2), 5.0)
+
+    def batches():
+        return [seen.options["cond_or_uncond"] for seen in recorded][:: len(model_blocks(model))]
+
+    together = predict(model, *arguments)
+    assert batches() == [[1, 0]]
+
+    recorded.clear()
+    swapped = model.clone()
+    swapped.model_options["sampler_calc_cond_batch_function"] = lambda seen: comfy.samplers.calc_cond_batch(
+        seen["model"], seen["conds"][::-1], seen["input"], seen["sigma"], seen["model_options"]
+    )[::-1]
+    assert_close(predict(swapped, *arguments), together, rtol=1e-3, atol=2e-3)
+    assert batches() == [[1, 0]] and len(recorded) == len(model_blocks(model))
+
+    recorded.clear()
+    monkeypatch.setattr(comfy.samplers, "model_management", SimpleNamespace(get_free_memory=lambda device: 0))
+    assert_close(predict(model, *arguments), together, rtol=1e-3, atol=2e-3)
+    assert sorted(batches()) == [[0], [1]]
+
+    # cfg 1 leaves out the negative half; so does a negative prompt equal to the positive one, whatever the cfg
+    recorded.clear()
+    alone = predict(model, latents(), prompt(1), prompt(2), cfg=1.0)
+    assert batches() == [[0]]
+    monkeypatch.undo()
+    assert_close(predict(model, latents(), prompt(1), prompt(1), cfg=5.0), alone, rtol=1e-4, atol=1e-4)
+
+
+def model_blocks(model) -> dict:
+    return model.model_options["transformer_options"]["patches_replace"]["attn1"]
+
+
+# --- more than two conditionings ---
+
+
+@pytest.mark.parametrize("grid", [LEVEL_0, LEVEL_1])
+def test_areas_are_guided_by_their_part_of_the_correspondence(sd15, cove, guide, matches, recorded, grid):
+    correspondence = matches(grid=grid)
+    level = 0 if grid == LEVEL_0 else 1
+    # three of one size at different places, run as one batch, and one on the whole picture
+    places = {1: (3, 4, 1, 3), 2: (3, 4, 2, 0), 3: ("percentage", 3 / 5, 4 / 7, 0, 3 / 7)}
+    positive = [*prompt(0), *(prompt(seed, area=area)[0] for seed, area in places.items())]
+    predict(guide(sd15, correspondence), latents(), positive)
+    (small,) = (
+        seen
+        for seen in recorded
+        if seen.patch.level == level and len(seen.options["uuids"]) == 3 and seen.options["block"][0] == "input"
+    )
+    shape = tuple(small.options["activations_shape"][2:])
+    assert shape == ((3, 4) if level == 0 else (2, 2))
+    corners = {(1, 3), (2, 0), (0, 3)}
+    found = set()
+    for result, *qkv in zip(*(x.chunk(3) for x in (small.result, *small.qkv)), strict=True):
+        one = SimpleNamespace(qkv=qkv, options={**small.options, "cond_or_uncond": [0]})
+        for top, left in corners:
+            at = min(top >> level, grid[0] - shape[0]), min(left >> level, grid[1] - shape[1])
+            expected = reference(cove, one, cut_out(cove, correspondence, *at, *shape))
+            if torch.allclose(result, expected, rtol=1e-4, atol=1e-4):
+                found.add((top, left))
+    assert found == corners
+
+
+def cut_out(cove, correspondence, top, left, height, width):
+    """Part of a correspondence, token by token; what lies outside comes to the nearest token inside."""
+
+    def part(link):
+        rows = []
+        for row in range(top, top + height):
+            for column in range(left, left + width):
+                away = link[row * correspondence.width + column].tolist()
+                places = [divmod(token, correspondence.width) for token in away]
+                inside = [(min(max(r - top, 0), height - 1), min(max(c - left, 0), width - 1)) for r, c in places]
+                rows.append([r * width + c for r, c in inside])
+        return torch.tensor(rows, dtype=torch.int32)
+
+    both = (torch.stack([part(link) for link in links]) for links in (correspondence.forward, correspondence.backward))
+    return cove.correspondence.Correspondence(*both, height, width, correspondence.window)
+
+
+def test_masks_and_combined_prompts_mix_what_each_gives_alone(comfy, sd15, guide, matches):
+    model = guide(sd15, matches())
+    one, two, three = (predict(model, latents(), prompt(seed)) for seed in (1, 2, 3))
+    mask = torch.zeros(1, HEIGHT * 8, WIDTH * 8)
+    mask[:, :, :24] = 1.0
+    masked = [*prompt(1, mask=mask), *prompt(2, mask=1 - mask)]
+    left = torch.nn.functional.interpolate(mask[None], (HEIGHT, WIDTH), mode="bilinear")
+    assert_close(predict(model, latents(), masked), left * one + (1 - left) * two, rtol=1e-4, atol=1e-3)
+    several = [*prompt(1), *prompt(2, strength=2.0)]
+    mixed = (one + 2 * two) / 3
+    assert_close(predict(model, latents(), several), mixed, rtol=1e-4, atol=1e-3)
+    with_negative = predict(model, latents(), several, prompt(3), cfg=2.0)
+    assert_close(with_negative, 2 * mixed - three, rtol=1e-4, atol=1e-3)
+
+
+# --- numbers ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_loses_no_more_than_plain_attention_does(sd15, guide, matches, dtype):
+    def error(model):
+        half = model.clone()
+        half.set_model_compute_dtype(dtype)
+        exact, rounded = (predict(each, latents(), prompt(1)) for each in (model, half))
+        assert rounded.dtype == torch.float32 and rounded.isfinite().all()
+        return (rounded - exact).abs().mean()
+
+    plain, guided = error(sd15), error(guide(sd15, matches()))
+    assert 0 < guided < 2 * plain
+
+
+# --- frames ---
+
+
+def test_core_context_windows_are_guided_by_their_frames(comfy, sd15, cove, guide, matches, recorded):
+    from comfy_extras.nodes_context_windows import ContextWindowsManualNode
+
+    correspondence = matches(frames=5)
+    # after and before our node
+    window = {"context_length": 3, "context_overlap": 1, "context_schedule": "standard_static", "context_stride": 1}
+    window |= {"closed_loop": False, "fuse_method": "flat", "dim": 0}
+    after = ContextWindowsManualNode.execute(guide(sd15, correspondence), **window).args[0]
+    got = predict(after, latents(5), prompt(1), prompt(2), cfg=2.0)
+    windows = [[0, 1, 2], [2, 3, 4]]
+    blocks = len(model_blocks(after))
+    for frames, seen in zip(windows, recorded[::blocks], strict=True):
+        assert seen.options["context_window"].index_list == frames
+        assert_close(seen.result, reference(cove, seen, correspondence, window=frames), rtol=1e-4, atol=1e-4)
+
+    before = guide(ContextWindowsManualNode.execute(sd15, **window).args[0], correspondence)
+    assert torch.equal(predict(before, latents(5), prompt(1), prompt(2), cfg=2.0), got)
+
+    # AnimateDiff-Evolved cuts the same windows in a wrapper of its own, inside of ours or around it
+    def evolved(executor, model, conds, x, timestep, model_options):
+        total, count = [torch.zeros_like(x) for _ in conds], torch.zeros(len(x), 1, 1, 1)
+        for frames in windows:
+            model_options["transformer_options"]["ad_params"]["sub_idxs"] = frames
+            parts = executor(model, conds, x[frames], timestep[frames], model_options)
+            for whole, part in zip(total, parts, strict=True):
+                whole[frames] += part
+            count[frames] += 1
+        return [whole / count for whole in total]
+
+    for inner in (True, False):
+        model = sd15.clone()
+        model.model_options["transformer_options"]["ad_params"] = {"sub_idxs": None}
+        model = guide(model, correspondence) if inner else model
+        model.add_wrapper_with_key("calc_cond_batch", "ADE", evolved)
+        model = model if inner else guide(model, correspondence)
+        assert_close(predict(model, latents(5), prompt(1), prompt(2), cfg=2.0), got, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{"start_percent": 1.0}, {"end_percent": 0.0}])
+def test_outside_its_part_of_sampling_it_is_not_there(sd15, guide, matches, settings):
+    assert torch.equal(
+        predict(guide(sd15, matches(), **settings), latents(), prompt(1)), predict(sd15, latents(), prompt(1))
+    )
+
+
+def test_it_is_there_from_start_to_end(sd15, guide, matches):
+    sampling = sd15.get_model_object("model_sampling")
+    part = guide(sd15, matches(), start_percent=0.25, end_percent=0.75)
+    whole = guide(sd15, matches())
+    for percent, there in ((0.2, False), (0.3, True), (0.7, True), (0.8, False)):
+        sigma = sampling.percent_to_sigma(percent)
+        got, plain, guided = (predict(model, latents(), prompt(1), sigma=sigma) for model in (part, sd15, whole))
+        assert not torch.equal(plain, guided)
+        assert torch.equal(got, guided if there else plain)
+
+
+def test_one_frame_is_left_as_it_is(sd15, guide, matches):
+    one = latents(frames=1)
+    assert torch.equal(predict(guide(sd15, matches(frames=1)), one, prompt(1)), predict(sd15, one, prompt(1)))
+
+
+# --- no trace, no sharing ---
+
+
+def test_models_share_nothing_and_leave_no_trace(sd15, guide, matches):
+    before = predict(sd15, latents(), prompt(1))
+    state = state_of(sd15)
+    random = torch.random.get_rng_state()
+    first, second = guide(sd15, matches(seed=1)), guide(sd15, matches(seed=2), merge_ratio=0.0)
+    alone = [predict(model, latents(), prompt(1)) for model in (first, second)]
+    assert not torch.equal(*alone)
+    for model, expected in ((second, alone[1]), (sd15, before), (first, alone[0]), (first, alone[0])):
+        assert torch.equal(predict(model, latents(), prompt(1)), expected)
+    assert state_of(sd15) == state
+    assert torch.equal(torch.random.get_rng_state(), random)
+
+
+def test_nodes_after_it_take_the_patch_along_without_copying_it(sd15, guide, matches):
+    """MODEL.clone() copies its options deeply."""
+    correspondence = matches()
+    guided = guide(sd15, correspondence)
+    clone = copy.copy(guided.clone()).clone()
+    assert all(patch.correspondence is correspondence for patch in model_blocks(clone).values())
+    assert torch.equal(predict(clone, latents(), prompt(1)), predict(guided, latents(), prompt(1)))
+
+
+def test_perturbed_attention_guidance_works_beside_it(comfy, sd15, guide, matches):
+    from comfy_extras.nodes_pag import PerturbedAttentionGuidance
+
+    guided = guide(sd15, matches())
+    after = PerturbedAttentionGuidance.execute(guided, 3.0).args[0]
+    before = guide(PerturbedAttentionGuidance.execute(sd15, 3.0).args[0], matches())
+    got = predict(after, latents(), prompt(1), prompt(2), cfg=2.0)
+    assert got.isfinite().all()
+    assert (got - predict(guided, latents(), prompt(1), prompt(2), cfg=2.0)).abs().mean() > 1e-3
+    assert torch.equal(predict(before, latents(), prompt(1), prompt(2), cfg=2.0), got)
+
+
+def test_weights_that_are_not_resident_change_nothing(comfy, sd15, guide, matches, monkeypatch):
+    """Low memory: weights come to the device layer by layer, after the patch was made."""
+    import comfy.model_management as management
+
+    expected = predict(guide(sd15, matches()), latents(), prompt(1))
+    management.unload_all_models()
+    monkeypatch.setattr(management, "is_device_cpu", lambda device: False)
+    monkeypatch.setattr(management, "vram_state", management.VRAMState.NO_VRAM)
+    guided = guide(sd15, matches())
+    got = predict(guided, latents(), prompt(1))
+    assert guided.model.model_lowvram
+    management.unload_all_models()
+    assert torch.equal(got, expected)

@@ -1,0 +1,218 @@
+"""DDIM Inversion and DDIM Sampler in a real ComfyUI: the whole chain, its stock counterparts, ControlNet, interrupts."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from scripts.random_models import FAMILIES
+from tests.helpers import FRAMES, call, hints, latents, predict, prompt, state_of
+
+
+@pytest.fixture
+def guide(nodes):
+    """MODEL, LATENT, attention level -> MODEL out of Features, Correspondence and Correspondence Attention."""
+
+    def guided(model, latent, attention_level=0):
+        features, _ = call(nodes["DiffusionFeatures"], model=model, latent=latent, attention_level=attention_level)
+        (correspondence,) = call(nodes["Correspondence"], features=features, window=3)
+        return call(nodes["CorrespondenceAttention"], model=model, correspondence=correspondence)[0]
+
+    return guided
+
+
+@pytest.fixture
+def invert(nodes):
+    """MODEL, CONDITIONING, LATENT, steps -> noise."""
+
+    def inverted(model, conditioning, latent, steps=3, **settings):
+        settings = {"sampling_steps": steps, **settings}
+        return call(
+            nodes["DDIMInversion"], model=model, conditioning=conditioning, latent=latent, steps=steps, **settings
+        )[0]
+
+    return inverted
+
+
+@pytest.fixture
+def sample(nodes):
+    """MODEL, positive, negative, noise, steps, cfg -> LATENT."""
+
+    def sampled(model, positive, negative, noise, steps=3, cfg=1.0):
+        wires = {"model": model, "positive": positive, "negative": negative, "noise": noise}
+        return call(nodes["DDIMSampler"], **wires, steps=steps, cfg=cfg)[0]
+
+    return sampled
+
+
+def distance(one, other) -> float:
+    """Root of the mean squared difference of two LATENTs over the spread of the first."""
+    one, other = one["samples"], other["samples"]
+    return float((one - other).square().mean().sqrt() / one.std())
+
+
+# --- the chain ---
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "attention_level"),
+    [("sd15", (13, 7), 1), ("sd21", (5, 7), 0), ("sd21v", (7, 5), 0), ("sdxl", (7, 13), 0)],
+)
+def test_chain_runs_on_every_family(load, guide, invert, sample, kind, size, attention_level):
+    with torch.inference_mode():
+        model, latent = load(kind), latents(2, *size)
+        state = state_of(model)
+        guided = guide(model, latent, attention_level)
+        correspondence = next(iter(guided.model_options["transformer_options"]["patches_replace"]["attn1"].values()))
+        height, width = size
+        half = kind == "sdxl" or attention_level == 1
+        grid = (correspondence.correspondence.height, correspondence.correspondence.width)
+        assert grid == ((-(-height // 2), -(-width // 2)) if half else size)
+        source, edit = prompt(1, kind), prompt(2, kind)
+        noise = invert(guided, source, latent, 2, refinements=0)
+        edited = sample(guided, edit, source, noise, 2, cfg=2.0)["samples"]
+        plain = sample(model, edit, source, noise, 2, cfg=2.0)["samples"]
+        assert edited.shape == latent["samples"].shape and edited.isfinite().all()
+        assert (edited - plain).abs().mean() > 1e-3
+        assert state_of(model) == state
+
+
+def test_every_family_is_run():
+    assert set(FAMILIES) == {"sd15", "sd21", "sd21v", "sdxl"}
+
+
+def test_inversion_and_sampling_give_the_clip_back(sd15, guide, invert, sample):
+    """Closer with every refinement."""
+    latent = latents()
+    guided = guide(sd15, latent)
+    lost = []
+    for refinements in (0, 1, 3):
+        noise = invert(guided, prompt(1), latent, 5, refinements=refinements)
+        assert noise["samples"].std() > 20  # noise of the size that sampling starts from, in the autoencoder's scale
+        lost.append(distance(latent, sample(guided, prompt(1), prompt(2), noise, 5)))
+    assert lost[1] < lost[0] / 2 and lost[2] < lost[1] / 2 and lost[2] < 0.05
+
+
+def test_twice_the_inversion_steps_start_sampling_at_the_same_noise_level(sd15, invert, sample):
+    noise = invert(sd15, prompt(1), latents(), 4, sampling_steps=2)
+    assert sample(sd15, prompt(1), prompt(2), noise, 2)["samples"].isfinite().all()
+
+
+# --- the stock counterparts ---
+
+
+def test_sampler_equals_its_parts_and_cores_euler(comfy, sd15, nodes, guide, invert, sample):
+    from comfy_extras import nodes_custom_sampler as custom
+
+    latent = latents()
+    guided = guide(sd15, latent)
+    noise = invert(guided, prompt(1), latent, refinements=0)
+    expected = sample(guided, prompt(2), prompt(3), noise, cfg=3.0)
+    sampler, sigmas = call(nodes["DDIMSamplerSelect"], model=guided, steps=3, noise=noise)
+
+    def advanced(sampler):
+        (guider,) = custom.CFGGuider.execute(guided, prompt(2), prompt(3), 3.0).args
+        (nothing,) = custom.DisableNoise.execute().args
+        return custom.SamplerCustomAdvanced.execute(nothing, guider, sampler, sigmas, noise).args[0]
+
+    assert torch.equal(advanced(sampler)["samples"], expected["samples"])
+    (euler,) = custom.KSamplerSelect.execute("euler").args
+    assert_close(advanced(euler)["samples"], expected["samples"], rtol=1e-4, atol=1e-3)
+    # The sigmas are the model's own at timesteps 1, 334, 667.
+    assert_close(sigmas, torch.cat((sd15.get_model_object("model_sampling").sigmas[[667, 334, 1]], torch.zeros(1))))
+
+
+def test_running_twice_gives_the_same_and_touches_no_random_state(sd15, guide, invert, sample):
+    random = torch.random.get_rng_state()
+    latent = latents()
+
+    def run():
+        guided = guide(sd15, latent)
+        return sample(guided, prompt(2), prompt(3), invert(guided, prompt(1), latent, 2), 2, cfg=2.0)["samples"]
+
+    assert torch.equal(run(), run())
+    assert torch.equal(torch.random.get_rng_state(), random)
+    assert torch.equal(latent["samples"], latents()["samples"])
+
+
+def test_latent_keeps_what_else_it_carries(sd15, invert, sample):
+    latent = latents() | {"batch_index": [4, 5, 6]}
+    noise = invert(sd15, prompt(1), latent, 1, refinements=0)
+    assert noise["batch_index"] == [4, 5, 6]
+    assert set(sample(sd15, prompt(1), prompt(1), noise, 1)) == {"samples", "batch_index"}
+    assert set(latent) == {"samples", "batch_index"}
+
+
+# --- ControlNet ---
+
+
+def test_controlnet_takes_one_hint_a_frame(sd15, guide, invert, sample, control):
+    latent = latents()
+    guided = guide(sd15, latent)
+
+    def edit(source, target):
+        return sample(guided, target, prompt(3), invert(guided, source, latent, 2, refinements=0), 2, cfg=2.0)
+
+    plain = edit(prompt(1), prompt(2))
+    in_inversion = edit(control(prompt(1), hints()), prompt(2))
+    in_sampling = edit(prompt(1), control(prompt(2), hints()))
+    assert distance(plain, in_inversion) > 0.01 and distance(plain, in_sampling) > 0.01
+
+    permuted = edit(prompt(1), control(prompt(2), hints()[[1, 2, 0]]))
+    assert distance(in_sampling, permuted) > 0.01
+    zero = edit(control(prompt(1), hints(), 0.0), control(prompt(2), hints(), 0.0))
+    assert torch.equal(zero["samples"], plain["samples"])
+
+
+def test_every_frame_gets_its_own_hint(sd15, control):
+    """Without guidance frames are apart: each answers to its own hint alone."""
+    together = predict(sd15, latents(), control(prompt(1), hints()), prompt(2), cfg=2.0)
+    for frame in range(FRAMES):
+        one = {"samples": latents()["samples"][frame : frame + 1]}
+        alone = predict(sd15, one, control(prompt(1), hints()[frame : frame + 1]), prompt(2), cfg=2.0)
+        assert_close(together[frame : frame + 1], alone, rtol=1e-3, atol=2e-3)
+
+
+# --- progress and interrupts ---
+
+
+def test_progress_is_told_at_every_step(comfy, sd15, invert, sample, monkeypatch):
+    import comfy.utils
+
+    told = []
+    monkeypatch.setattr(
+        comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, *rest, **more: told.append((value, total))
+    )
+    noise = invert(sd15, prompt(1), latents(1), 4, sampling_steps=2)
+    # A grid of 4 goes 1, 251, 501, 751; sampling with 2 steps starts at 501.
+    assert told == [(1, 3), (2, 3), (3, 3)]
+    told.clear()
+    sample(sd15, prompt(1), prompt(1), noise, 2)
+    assert told == [(1, 2), (2, 2)]
+
+
+@pytest.mark.parametrize("node", ["inversion", "sampler"])
+def test_interrupt_stops_at_the_next_step_and_leaves_nothing(comfy, sd15, guide, invert, sample, monkeypatch, node):
+    import comfy.model_management as management
+    import comfy.utils
+
+    latent = latents(2)
+    guided = guide(sd15, latent)
+    noise = invert(guided, prompt(1), latent, refinements=0)
+    runs = {
+        "inversion": lambda: invert(guided, prompt(1), latent, refinements=0),
+        "sampler": lambda: sample(guided, prompt(1), prompt(2), noise, cfg=2.0),
+    }
+    expected, state, told = runs[node]()["samples"], state_of(guided), []
+
+    def interrupt(value, total, *rest, **more):
+        told.append(value)
+        if value == 2:
+            management.interrupt_current_processing()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(comfy.utils, "PROGRESS_BAR_HOOK", interrupt)
+        with pytest.raises(management.InterruptProcessingException):
+            runs[node]()
+    assert told == [1, 2]
+    assert state_of(guided) == state
+    assert torch.equal(runs[node]()["samples"], expected)

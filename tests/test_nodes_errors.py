@@ -1,0 +1,288 @@
+"""Bad input: each error names the node, what came, what was expected, and how to mend it."""
+
+import asyncio
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from tests.helpers import FRAMES, call, hints, latents, predict, prompt
+
+ATTENTION = "Correspondence Attention"
+WINDOWS = {"context_length": 2, "context_overlap": 1, "context_schedule": "standard_static", "context_stride": 1}
+WINDOWS |= {"closed_loop": False, "fuse_method": "flat", "dim": 0}
+
+
+@contextmanager
+def refused(*pieces: str, error: type = ValueError):
+    """The block ends in an error whose message begins with the first piece and has all others in it."""
+    with pytest.raises(error) as caught:
+        yield
+    message = str(caught.value)
+    assert message.startswith(f"{pieces[0]}: ")
+    for piece in pieces[1:]:
+        assert piece in message, message
+
+
+@pytest.fixture
+def correspondence(cove):
+    """(frames, height, width) -> a correspondence of tokens that stay where they are."""
+
+    def still(frames=FRAMES, height=5, width=7):
+        links = torch.arange(height * width, dtype=torch.int32)[None, :, None].expand(frames - 1, -1, -1)
+        return cove.correspondence.Correspondence(links, links.clone(), height, width, 1)
+
+    return still
+
+
+@pytest.fixture
+def guide(nodes, correspondence):
+    """MODEL -> MODEL out of Correspondence Attention."""
+    return lambda model, found=None: call(
+        nodes["CorrespondenceAttention"], model=model, correspondence=found or correspondence()
+    )[0]
+
+
+@pytest.fixture
+def invert(nodes):
+    """MODEL and settings -> noise."""
+
+    def inverted(model, latent=None, conditioning=None, steps=2, sampling_steps=2, refinements=0):
+        wires = {"model": model, "conditioning": conditioning or prompt(1), "latent": latent or latents()}
+        numbers = {"steps": steps, "sampling_steps": sampling_steps, "refinements": refinements}
+        return call(nodes["DDIMInversion"], **wires, **numbers)[0]
+
+    return inverted
+
+
+@pytest.fixture
+def sample(nodes):
+    """MODEL, noise and settings -> LATENT."""
+
+    def sampled(model, noise, positive=None, steps=2, cfg=1.0):
+        wires = {"model": model, "noise": noise, "positive": positive or prompt(1), "negative": prompt(2)}
+        return call(nodes["DDIMSampler"], **wires, steps=steps, cfg=cfg)[0]
+
+    return sampled
+
+
+@pytest.fixture(scope="session")
+def extra(comfy, host):
+    """File and class of an extra node of the host -> the class, loaded the way the server loads it."""
+    import nodes
+
+    def loaded(file: str, name: str):
+        path = str(host / "comfy_extras" / f"{file}.py")
+        assert asyncio.run(nodes.load_custom_node(path, module_parent="comfy_extras"))
+        return nodes.NODE_CLASS_MAPPINGS[name]
+
+    return loaded
+
+
+def applied(node, *arguments):
+    """MODEL out of an extra node of the host, whether it gives a tuple or a NodeOutput."""
+    return node.execute(*arguments)[0]
+
+
+# --- models ---
+
+
+def test_transformer_model(comfy, nodes, correspondence):
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    size = {"in_channels": 16, "out_channels": 16, "vec_in_dim": 8, "context_in_dim": 8, "hidden_size": 16}
+    size |= {"mlp_ratio": 1.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 1, "axes_dim": [2, 2, 4]}
+    size |= {"theta": 100, "patch_size": 2, "qkv_bias": True, "guidance_embed": True, "dtype": torch.float32}
+    config = comfy.supported_models.Flux({"image_model": "flux", **size})
+    cpu = torch.device("cpu")
+    model = comfy.model_patcher.ModelPatcher(config.get_model({}), cpu, cpu)
+    latent = {"samples": torch.zeros(FRAMES, 16, 5, 7)}
+    wrong = ("Flux", "expected a Stable Diffusion UNet", "Load such a checkpoint")
+    with refused("Diffusion Features", *wrong):
+        call(nodes["DiffusionFeatures"], model=model, latent=latent)
+    with refused(ATTENTION, *wrong):
+        call(nodes["CorrespondenceAttention"], model=model, correspondence=correspondence())
+    with refused("DDIM Inversion", *wrong):
+        call(nodes["DDIMInversion"], model=model, conditioning=prompt(), latent=latent)
+    with refused("DDIM Sampler", *wrong):
+        call(nodes["DDIMSampler"], model=model, positive=prompt(), negative=prompt(), noise=latent)
+    with refused("DDIM Sampler (for SamplerCustomAdvanced)", *wrong):
+        call(nodes["DDIMSamplerSelect"], model=model)
+
+
+def test_features_of_a_model_that_is_guided_already(sd15, nodes, guide):
+    with refused("Diffusion Features", "without Correspondence Attention", "Connect the one before it"):
+        call(nodes["DiffusionFeatures"], model=guide(sd15), latent=latents())
+
+
+@pytest.mark.parametrize("name", ["level", "attention_level"])
+def test_level_that_the_model_has_not(sd15, nodes, name):
+    with refused("Diffusion Features", f"`{name}` must be 0 to 1"):
+        call(nodes["DiffusionFeatures"], model=sd15, latent=latents(), **{name: 2})
+
+
+def test_self_attention_replaced_twice(comfy, sd15, guide, extra):
+    guidance = extra("nodes_sag", "SelfAttentionGuidance")
+    wrong = ("already replaced by", "take the other off")
+    with refused(ATTENTION, *wrong, "second Correspondence Attention"):
+        guide(guide(sd15))
+    with refused(ATTENTION, *wrong, "block middle 0", "nodes_sag"):
+        guide(applied(guidance, sd15, 0.5, 2.0))
+    with refused(ATTENTION, *wrong, "block middle 0", "nodes_sag"):
+        predict(applied(guidance, guide(sd15), 0.5, 2.0), latents(), prompt(1))
+    overwritten = guide(sd15)
+    overwritten.set_model_attn1_replace(lambda query, key, value, options: value, "output", 2)
+    with refused(ATTENTION, *wrong, "block output 2"):
+        predict(overwritten, latents(), prompt(1))
+
+
+def test_number_of_tokens_changed(comfy, sd15, guide, extra):
+    for node, settings, title in (
+        (extra("nodes_tomesd", "TomePatchModel"), (0.3,), "Patch ToMe"),
+        (extra("nodes_hypertile", "HyperTile"), (256, 2, 0, False), "HyperTile"),
+    ):
+        wrong = (ATTENTION, title, "changes the number of tokens", "take it off this model")
+        with refused(*wrong):
+            guide(applied(node, sd15, *settings))
+        with refused(*wrong):
+            predict(applied(node, guide(sd15), *settings), latents(), prompt(1))
+
+
+def test_number_of_tokens_changed_by_a_node_that_nobody_knows(comfy, sd15, guide, extra):
+    dropping = guide(sd15)
+    dropping.set_model_attn1_patch(lambda query, key, value, options: (query[:, 1:], key, value))
+    with refused(ATTENTION, "expected a grid of 5x7 tokens, got 34 tokens", "take it off"):
+        predict(dropping, latents(), prompt(1))
+    shrunk = extra("nodes_model_downscale", "PatchModelAddDownscale")
+    shrunk = applied(shrunk, guide(sd15), 1, 2.0, 0.0, 1.0, False, "bicubic", "bicubic")
+    with refused(ATTENTION, "expected a grid of 5x7 tokens, got 2x3", "Deep Shrink", "take it off"):
+        predict(shrunk, latents(), prompt(1))
+
+
+# --- clips that do not fit one another ---
+
+
+@pytest.mark.parametrize(("window", "k", "wrong"), [(4, 3, ("odd", "got 4")), (3, 5, ("smallest", "4", "5"))])
+def test_window_and_k(nodes, window, k, wrong):
+    features = torch.randn(FRAMES, 5, 7, 11)
+    with refused("Correspondence", *wrong):
+        call(nodes["Correspondence"], features=features, window=window, k=k)
+
+
+def test_latents_of_other_frames_or_size_than_the_correspondence(sd15, guide, correspondence, invert):
+    with refused(ATTENTION, "4 frames of latents", "correspondence is of 3", "same frames"):
+        invert(guide(sd15), latents(4))
+    with refused(ATTENTION, "5x7 grid", "latents of 7x5", "7x5, 4x3", "latents of the same size"):
+        invert(guide(sd15), latents(FRAMES, 7, 5))
+    with refused(ATTENTION, "10x14 grid", "latents of 5x7"):
+        predict(guide(sd15, correspondence(FRAMES, 10, 14)), latents(), prompt(1))
+
+
+def test_latents_of_another_kind_of_model(sd15, invert, nodes):
+    for samples in (torch.randn(FRAMES, 16, 5, 7), torch.randn(1, 4, FRAMES, 5, 7)):
+        wrong = ("expected latents [frames, 4, height, width]", str(list(samples.shape)), "VAE of the same checkpoint")
+        with refused("DDIM Inversion", *wrong):
+            invert(sd15, {"samples": samples})
+        with refused("Diffusion Features", *wrong):
+            call(nodes["DiffusionFeatures"], model=sd15, latent={"samples": samples})
+
+
+def test_hints_of_other_frames(sd15, guide, control, invert, sample):
+    wrong = ("2 hint images for 3 frames", "one image, or one for each frame")
+    two = control(prompt(1), hints(2))
+    with refused("DDIM Inversion", *wrong):
+        invert(sd15, conditioning=two)
+    with refused("DDIM Sampler", *wrong):
+        sample(sd15, latents(), two)
+    with refused(ATTENTION, *wrong):  # in a stock sampler
+        predict(guide(sd15), latents(), prompt(1), [*prompt(2), *two], cfg=2.0)
+    three_before_two = control(control(prompt(1), hints(2)), hints(3))
+    with refused("DDIM Inversion", *wrong):
+        invert(sd15, conditioning=three_before_two)
+
+
+def test_hints_for_each_frame_in_context_windows(comfy, sd15, guide, control, invert):
+    from comfy_extras.nodes_context_windows import ContextWindowsManualNode
+
+    windowed = ContextWindowsManualNode.execute(sd15, **WINDOWS).args[0]
+    wrong = ("context windows", "hints of the first frames", "Remove the context windows")
+    with refused("DDIM Inversion", *wrong):
+        invert(windowed, conditioning=control(prompt(1), hints()))
+    with refused(ATTENTION, *wrong):
+        predict(guide(windowed), latents(), control(prompt(1), hints()))
+    # One hint serves every window, and a clip that fits one window is not cut.
+    assert predict(guide(windowed), latents(), control(prompt(1), hints(1))).isfinite().all()
+    long = ContextWindowsManualNode.execute(sd15, **WINDOWS | {"context_length": FRAMES}).args[0]
+    assert predict(guide(long), latents(), control(prompt(1), hints())).isfinite().all()
+
+
+# --- inversion and sampling that do not meet ---
+
+
+def test_grids_that_do_not_meet(sd15, load, nodes, invert, sample):
+    wrong = ("3 inversion steps (timesteps 1, 334, 667)", "never reach timestep 501", "2 sampling", "that do: 2, 4")
+    with refused("DDIM Inversion", *wrong):
+        invert(sd15, steps=3, sampling_steps=2)
+    noise = invert(sd15, steps=2, sampling_steps=2)
+    wrong = ("inversion ended at sigma", "(2 steps)", "sampling starts at sigma", "(3 steps)", "to 3")
+    with refused("DDIM Sampler", *wrong):
+        sample(sd15, noise, steps=3)
+    with refused("DDIM Sampler (for SamplerCustomAdvanced)", *wrong):
+        call(nodes["DDIMSamplerSelect"], model=sd15, noise=noise, steps=3)
+    call(nodes["DDIMSamplerSelect"], model=sd15, noise=noise, steps=2)
+
+
+def test_noise_mask(sd15, invert, sample, nodes):
+    masked = latents() | {"noise_mask": torch.ones(1, 40, 56)}
+    wrong = ("expected latents without a noise mask", "Take the mask off", "ImageCompositeMasked")
+    with refused("DDIM Inversion", *wrong):
+        invert(sd15, masked)
+    with refused("DDIM Sampler", *wrong):
+        sample(sd15, masked)
+    with refused("DDIM Sampler (for SamplerCustomAdvanced)", *wrong):
+        call(nodes["DDIMSamplerSelect"], model=sd15, noise=masked)
+
+
+# --- NaN ---
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_latents_that_are_not_finite(sd15, nodes, invert, sample, value):
+    broken = latents()
+    broken["samples"][1, 2, 3, 4] = value
+    wrong = ("expected finite numbers", "NaN or Inf in the latents that came in, frames [1]", "Look at the node before")
+    with refused("DDIM Inversion", *wrong):
+        invert(sd15, broken)
+    with refused("DDIM Sampler", *wrong):
+        sample(sd15, broken)
+    with refused("Diffusion Features", *wrong):
+        call(nodes["DiffusionFeatures"], model=sd15, latent=broken)
+
+
+def test_nan_stops_at_its_step(comfy, sd15, guide, invert, sample):
+    steps = []
+
+    def break_second_step(seen):
+        steps.append(float(seen["sigma"][0]))
+        return seen["denoised"] * (torch.nan if len(steps) == 2 else 1.0)
+
+    model = guide(sd15)
+    model.set_model_sampler_post_cfg_function(break_second_step)
+    with refused("DDIM Inversion", "inversion step 2 of 3 (sigma ", "fp32", error=FloatingPointError):
+        invert(model, steps=3, sampling_steps=3)
+    assert len(steps) == 2
+    steps.clear()
+    with refused("DDIM Sampler", "NaN or Inf", "sampling step 2 of 3", "frames [0, 1, 2]", error=FloatingPointError):
+        sample(model, latents(), steps=3)
+    assert len(steps) == 2
+
+
+def test_nan_in_features(sd15, nodes):
+    def broken(apply_model, arguments):
+        return apply_model(arguments["input"] * torch.nan, arguments["timestep"], **arguments["c"])
+
+    model = sd15.clone()
+    model.set_model_unet_function_wrapper(broken)
+    with refused("Diffusion Features", "NaN or Inf in the features, frames [0, 1, 2]", "fp32"):
+        call(nodes["DiffusionFeatures"], model=model, latent=latents())

@@ -1,0 +1,128 @@
+"""Diffusion Features in a real UNet: what is taken, where, and that nothing else changes it."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from tests.helpers import FRAMES, HEIGHT, WIDTH, call, latents, prompt, state_of
+
+
+@pytest.fixture
+def take(nodes):
+    """MODEL and settings -> features."""
+
+    def taken(model, latent=None, **settings):
+        return call(nodes["DiffusionFeatures"], model=model, latent=latent or latents(), **settings)[0]
+
+    return taken
+
+
+def test_features_are_the_decoders_hidden_state_of_the_noised_latents(comfy, sd15, take):
+    """Eq. 4, spelled out with the UNet itself."""
+    latent, timestep = latents(), 261
+    seen = []
+    head = sd15.model.diffusion_model.out[0]
+    generator = torch.Generator().manual_seed(7)
+    with_noise = sd15.model.process_latent_in(latent["samples"])
+    sigma = sd15.get_model_object("model_sampling").sigmas[timestep]
+    noise = torch.stack([torch.randn(with_noise.shape[1:], generator=generator) for _ in range(FRAMES)])
+    hook = head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    text = prompt(1)[0][0].expand(FRAMES, -1, -1)
+    sd15.model.apply_model(with_noise + sigma * noise, sigma.expand(FRAMES), c_crossattn=text)
+    hook.remove()
+    expected = torch.nn.functional.normalize(seen[0].movedim(1, -1), dim=-1)
+    got = take(sd15, latent, timestep=timestep, seed=7, conditioning=prompt(1))
+    assert got.shape == (FRAMES, HEIGHT, WIDTH, 320) and got.dtype == torch.float32
+    assert_close(got, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_batch_size_changes_nothing_and_every_other_setting_does(sd15, take):
+    plain = take(sd15)
+    assert_close(take(sd15, batch_size=2), plain, rtol=1e-4, atol=1e-5)
+    for settings in ({"seed": 1}, {"ensemble": 2}, {"timestep": 30}, {"conditioning": prompt(1)}):
+        assert (take(sd15, **settings) - plain).abs().max() > 0.01
+    assert not torch.equal(plain[0], plain[1])
+
+
+@pytest.mark.parametrize(("level", "attention_level", "shape"), [(1, 0, (7, 13, 640)), (0, 1, (4, 7, 320))])
+def test_levels_choose_block_and_grid(sd15, take, nodes, level, attention_level, shape):
+    latent = latents(2, 7, 13)
+    settings = {"level": level, "attention_level": attention_level}
+    features, picture = call(nodes["DiffusionFeatures"], model=sd15, latent=latent, **settings)
+    assert features.shape == (2, *shape)
+    assert_close(features.norm(dim=-1), torch.ones(2, *shape[:2]))
+    assert picture.shape == (2, 56, 104, 3) and 0 <= picture.min() and picture.max() <= 1
+
+
+def test_same_noise_does_not_come_twice(sd15, take):
+    """Noise shared between frames would be matched instead of the frames."""
+    still = {"samples": latents(1)["samples"].expand(2, -1, -1, -1)}
+    first, second = take(sd15, still)
+    assert (first - second).abs().mean() > 1e-3
+
+
+def test_guiders_windows_and_parts_of_the_conditioning_change_nothing(comfy, sd15, take):
+    """What is made for sampling must not run the UNet twice, in pieces, or on a part of the picture."""
+    from comfy_extras.nodes_context_windows import ContextWindowsManualNode
+    from comfy_extras.nodes_pag import PerturbedAttentionGuidance
+
+    expected = take(sd15, conditioning=prompt(1))
+    windows = {"context_length": 2, "context_overlap": 1, "context_schedule": "standard_static", "context_stride": 1}
+    windows |= {"closed_loop": False, "fuse_method": "flat", "dim": 0}
+    both_halves = sd15.clone()
+    both_halves.set_model_sampler_post_cfg_function(lambda seen: seen["denoised"], disable_cfg1_optimization=True)
+    for model in (
+        PerturbedAttentionGuidance.execute(sd15, 3.0).args[0],
+        ContextWindowsManualNode.execute(sd15, **windows).args[0],
+        both_halves,
+    ):
+        assert torch.equal(take(model, conditioning=prompt(1)), expected)
+    area = [*prompt(1, area=(3, 3, 0, 0), strength=2.0, start_percent=0.9), *prompt(2)]
+    assert torch.equal(take(sd15, conditioning=area), expected)
+
+
+def test_one_frame_is_enough(sd15, take, nodes):
+    (correspondence,) = call(nodes["Correspondence"], features=take(sd15, latents(1)), window=3)
+    assert correspondence.frames == 1
+
+
+class Broken(Exception):
+    pass
+
+
+@pytest.mark.parametrize("end", ["error", "interrupt"])
+def test_what_stops_it_leaves_nothing_behind(comfy, sd15, take, monkeypatch, end):
+    import comfy.model_management as management
+    import comfy.utils
+
+    expected, state, random = take(sd15, batch_size=1), state_of(sd15), torch.random.get_rng_state()
+    told = []
+
+    def stop(value, total, *rest, **more):
+        told.append((value, total))
+        if value == 2 and end == "error":
+            raise Broken
+        if value == 2:
+            management.interrupt_current_processing()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(comfy.utils, "PROGRESS_BAR_HOOK", stop)
+        with pytest.raises(Broken if end == "error" else management.InterruptProcessingException):
+            take(sd15, batch_size=1)
+    assert told == [(1, 3), (2, 3)]
+    assert state_of(sd15) == state
+    assert torch.equal(take(sd15, batch_size=1), expected)
+    assert torch.equal(torch.random.get_rng_state(), random)
+
+
+def test_error_inside_the_unet_removes_the_hook(sd15, take):
+    def broken(apply_model, arguments):
+        apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
+        raise Broken
+
+    model = sd15.clone()
+    model.set_model_unet_function_wrapper(broken)
+    state = state_of(model)
+    with pytest.raises(Broken):
+        take(model)
+    assert state_of(model) == state

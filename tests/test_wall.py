@@ -1,0 +1,33 @@
+"""The method knows nothing of ComfyUI, and needs torch, einops and safetensors only."""
+
+import sys
+
+from tests.method_helpers import ROOT, fresh
+
+METHOD = ["correspondence", "merging", "attention", "ddim", "features", "reference"]
+
+
+def roots(*modules, after=()):
+    """Top names of what these modules of `cove` import in a fresh interpreter, beyond what `after` imports."""
+    return set(
+        fresh(
+            "import importlib, json, sys\n"
+            f"for name in {list(after)}: importlib.import_module(name)\n"
+            "before = set(sys.modules)\n"
+            f"for name in {list(modules)}: importlib.import_module('cove.' + name)\n"
+            "print(json.dumps(sorted({name.partition('.')[0] for name in set(sys.modules) - before})))"
+        )
+    )
+
+
+def test_cove_never_imports_comfy():
+    modules = [path.stem for path in (ROOT / "cove").glob("*.py") if path.stem != "__init__"]
+    assert set(METHOD) < set(modules)
+    found = roots(*modules)
+    assert {"cove", "torch"} <= found
+    assert not {name for name in found if name.startswith("comfy") or name in ("nodes", "folder_paths")}
+
+
+def test_the_method_needs_torch_einops_and_safetensors_only():
+    needed = ["torch", "einops", "safetensors.torch"]
+    assert roots(*METHOD, after=needed) - set(sys.stdlib_module_names) <= {"cove", "torch", "einops", "safetensors"}
