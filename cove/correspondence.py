@@ -166,9 +166,9 @@ def find_correspondence(
     the border. Among equals the nearer token comes first, so that a plain area does not seem to move. COVE
     (arXiv 2406.08850), section 3.2, Eq. 7-10.
 
-    Rows of tokens are multiplied with rows of tokens, a few at a time, so that the similarities held at once stay
-    within `SIMILARITY_BYTES`, whatever the window. The products are summed in double: single precision would round
-    them differently from column to column, and equal tokens would not tie.
+    Rows of tokens are multiplied with rows of tokens, a few at a time, so that what is held beside two frames stays
+    near `ROWS_BYTES`, whatever the window. The products are summed in double: single precision would round them
+    differently from column to column, and equal tokens would not tie.
 
     Args:
         features: [frames, height, width, channels], any float dtype; compared in float32.
@@ -192,7 +192,7 @@ def find_correspondence(
     return Correspondence(forward, backward, height, width, window)
 
 
-SIMILARITY_BYTES = 8 << 20
+ROWS_BYTES = 8 << 20
 
 
 def _match(source: Tensor, target: Tensor, window: int, k: int) -> Tensor:
@@ -201,8 +201,9 @@ def _match(source: Tensor, target: Tensor, window: int, k: int) -> Tensor:
     Returns:
         Flat row-major indices, best first, int32 [height*width, k].
     """
-    height, width, _ = source.shape
-    rows = max(1, SIMILARITY_BYTES // (4 * width * window * window))
+    height, width, channels = source.shape
+    row_bytes = width * (4 * window * window + 16 * channels)  # similarities, and both frames in double
+    rows = max(1, ROWS_BYTES // row_bytes)
     offsets = _nearest_first(window, source.device)
     order = (offsets + window // 2) @ offsets.new_tensor([window, 1])
     matches = []

@@ -298,8 +298,7 @@ class GuidedSelfAttention:
             if grid != whole:
                 raise _other_tokens(f"{grid[0]}x{grid[1]}", whole)
             return self.correspondence
-        top, left = area[2] >> self.level, area[3] >> self.level
-        return self.correspondence.crop(min(top, whole[0] - grid[0]), min(left, whole[1] - grid[1]), *grid)
+        return self.correspondence.crop(area[2] >> self.level, area[3] >> self.level, *grid)
 
 
 def _other_tokens(came: str, grid: tuple[int, int]) -> ValueError:

@@ -3,17 +3,24 @@
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).parents[1]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
-# Prefix of code for `fresh`: peak() is the largest resident size so far, in bytes.
+# Prefix of code for `fresh`: peak() is the largest resident size so far, in bytes. On Linux it is read from /proc,
+# since there `ru_maxrss` starts from the size of the parent process and would hide all that is smaller.
 PEAK = """
 import resource, sys
+from pathlib import Path
 def peak():
+    if sys.platform == "linux":
+        return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 """
 
@@ -33,3 +40,27 @@ def half_is_as_good(fast, plain, exact):
     """In half precision: an error at most twice that of the plain version in the same dtype."""
     assert fast.dtype == plain.dtype
     assert (fast.double() - exact).abs().max() <= 2 * (plain.double() - exact).abs().max()
+
+
+class Held(TorchDispatchMode):
+    """Counts the bytes of all tensors that come into being inside, while they live."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        inputs = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in inputs:
+                self.hold(x.untyped_storage())
+        return result
+
+    def hold(self, storage):
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self.release, storage.nbytes())
+
+    def release(self, size):
+        self.now -= size

@@ -1,11 +1,11 @@
-"""DDIM Inversion and DDIM Sampler in a real ComfyUI: the whole chain, its stock counterparts, ControlNet, interrupts."""
+"""DDIM Inversion and DDIM Sampler in a real UNet: the whole chain, stock counterparts, ControlNet, interrupts."""
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 from scripts.random_models import FAMILIES
-from tests.helpers import FRAMES, call, hints, latents, predict, prompt, state_of
+from tests.helpers import FRAMES, HEIGHT, WIDTH, call, hints, latents, predict, prompt, state_of
 
 
 @pytest.fixture
@@ -175,23 +175,29 @@ def test_every_frame_gets_its_own_hint(sd15, control):
 # --- progress and interrupts ---
 
 
-def test_progress_is_told_at_every_step(comfy, sd15, invert, sample, monkeypatch):
+def test_progress_and_preview_come_at_every_step(comfy, sd15, invert, sample, monkeypatch):
     import comfy.utils
+    import latent_preview
 
-    told = []
-    monkeypatch.setattr(
-        comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, *rest, **more: told.append((value, total))
-    )
+    told, pictures = [], []
+
+    def hear(value, total, preview, **more):
+        told.append((value, total))
+        pictures.append(preview[1].size)
+
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", hear)
+    monkeypatch.setattr(latent_preview.args, "preview_method", latent_preview.LatentPreviewMethod.Latent2RGB)
     noise = invert(sd15, prompt(1), latents(1), 4, sampling_steps=2)
     # A grid of 4 goes 1, 251, 501, 751; sampling with 2 steps starts at 501.
     assert told == [(1, 3), (2, 3), (3, 3)]
     told.clear()
     sample(sd15, prompt(1), prompt(1), noise, 2)
     assert told == [(1, 2), (2, 2)]
+    assert pictures == [(WIDTH, HEIGHT)] * 5
 
 
-@pytest.mark.parametrize("node", ["inversion", "sampler"])
-def test_interrupt_stops_at_the_next_step_and_leaves_nothing(comfy, sd15, guide, invert, sample, monkeypatch, node):
+@pytest.mark.parametrize(("node", "step"), [("inversion", 3), ("sampler", 2)])
+def test_interrupt_stops_after_the_step_and_leaves_nothing(comfy, sd15, guide, invert, sample, monkeypatch, node, step):
     import comfy.model_management as management
     import comfy.utils
 
@@ -206,13 +212,13 @@ def test_interrupt_stops_at_the_next_step_and_leaves_nothing(comfy, sd15, guide,
 
     def interrupt(value, total, *rest, **more):
         told.append(value)
-        if value == 2:
+        if value == step:
             management.interrupt_current_processing()
 
     with monkeypatch.context() as patched:
         patched.setattr(comfy.utils, "PROGRESS_BAR_HOOK", interrupt)
         with pytest.raises(management.InterruptProcessingException):
             runs[node]()
-    assert told == [1, 2]
+    assert told == [1, 2, 3][:step]
     assert state_of(guided) == state
     assert torch.equal(runs[node]()["samples"], expected)

@@ -90,8 +90,8 @@ class Broken(Exception):
     pass
 
 
-@pytest.mark.parametrize("end", ["error", "interrupt"])
-def test_what_stops_it_leaves_nothing_behind(comfy, sd15, take, monkeypatch, end):
+@pytest.mark.parametrize(("end", "batch"), [("error", 2), ("interrupt", 3)])
+def test_what_stops_it_leaves_nothing_behind(comfy, sd15, take, monkeypatch, end, batch):
     import comfy.model_management as management
     import comfy.utils
 
@@ -100,16 +100,16 @@ def test_what_stops_it_leaves_nothing_behind(comfy, sd15, take, monkeypatch, end
 
     def stop(value, total, *rest, **more):
         told.append((value, total))
-        if value == 2 and end == "error":
+        if value == batch and end == "error":
             raise Broken
-        if value == 2:
+        if value == batch:
             management.interrupt_current_processing()
 
     with monkeypatch.context() as patched:
         patched.setattr(comfy.utils, "PROGRESS_BAR_HOOK", stop)
         with pytest.raises(Broken if end == "error" else management.InterruptProcessingException):
             take(sd15, batch_size=1)
-    assert told == [(1, 3), (2, 3)]
+    assert told == [(1, 3), (2, 3), (3, 3)][:batch]
     assert state_of(sd15) == state
     assert torch.equal(take(sd15, batch_size=1), expected)
     assert torch.equal(torch.random.get_rng_state(), random)
@@ -126,3 +126,21 @@ def test_error_inside_the_unet_removes_the_hook(sd15, take):
     with pytest.raises(Broken):
         take(model)
     assert state_of(model) == state
+
+
+def test_correspondence_tells_its_progress_and_stops_when_asked(comfy, nodes, monkeypatch):
+    import comfy.model_management as management
+    import comfy.utils
+
+    told = []
+
+    def hear(value, total, *rest, **more):
+        told.append((value, total))
+        if value == 3:
+            management.interrupt_current_processing()
+
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", hear)
+    features = torch.randn(5, HEIGHT, WIDTH, 11, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(management.InterruptProcessingException):
+        call(nodes["Correspondence"], features=features, window=3)
+    assert told == [(1, 4), (2, 4), (3, 4)]
