@@ -14,8 +14,8 @@ import platform
 import statistics
 import subprocess
 import sys
-import threading
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -134,33 +134,6 @@ def measure(step: Step, repeats: int) -> dict[str, list[float]]:
     return {name: [seconds[name] for seconds in rounds] for name in VARIANTS}
 
 
-def working_memory(step: Step, variant: str) -> int:
-    """Bytes that a step takes beyond what was there before it; a first, small allocation peak does not hide it."""
-    import psutil
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step.run(variant)
-        return torch.cuda.max_memory_allocated() - before
-    process, done, peak = psutil.Process(), threading.Event(), 0
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.005):
-            peak = max(peak, process.memory_info().rss)
-
-    before, watcher = process.memory_info().rss, threading.Thread(target=watch)
-    watcher.start()
-    try:
-        step.run(variant)
-    finally:
-        done.set()
-        watcher.join()
-    return peak - before
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=9)
@@ -170,12 +143,13 @@ def main() -> None:
     arguments = parser.parse_args()
     width, height = map(int, arguments.size.split("x"))
 
+    from benchmarks.memory import working_memory
     from scripts.host import provide_host
 
     prove_equality()
     step = Step(provide_host(), arguments.frames, width, height)
     if arguments.memory_of:
-        print(working_memory(step, arguments.memory_of))
+        print(working_memory(partial(step.run, arguments.memory_of)))
         return
 
     import torch

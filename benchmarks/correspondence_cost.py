@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+from benchmarks.memory import working_memory  # noqa: E402
 from cove import correspondence, reference  # noqa: E402
 
 
@@ -37,22 +38,19 @@ def run(frames: int, height: int, width: int, channels: int, window: int) -> tup
     device = "cuda" if torch.cuda.is_available() else "cpu"
     features = torch.randn(frames, height, width, channels, generator=torch.Generator().manual_seed(0)).to(device)
     correspondence.find_correspondence(features[:2, :9, :9], 3, 3)  # what a first call loads is not counted
-    before = _peak(device)
-    start = time.perf_counter()
-    found = correspondence.find_correspondence(features, window, 3)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
+    found, seconds = None, 0.0
+
+    def find() -> None:
+        nonlocal found, seconds
+        start = time.perf_counter()
+        found = correspondence.find_correspondence(features, window, 3)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+
+    peak = working_memory(find)
     result = 2 * found.forward.numel() * found.forward.element_size()
-    return seconds, (_peak(device) - before - result) / 2**20
-
-
-def _peak(device: str) -> int:
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return seconds, (peak - result) / 2**20
 
 
 def main() -> None:

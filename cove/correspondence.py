@@ -77,17 +77,16 @@ class Correspondence:
             raise ValueError(f"frame {frame} cannot be matched with itself")
         column = {other: i for i, other in enumerate(others)}
         found = self.forward.new_empty((self.height * self.width, len(others), self.k), dtype=torch.int64)
-        for links, path in (
-            (self.forward, range(frame, max((*others, frame)))),
-            (self.backward, range(frame - 1, min((*others, frame)) - 1, -1)),
+        for links, path, reached in (
+            (self.forward, range(frame, max((*others, frame))), 1),
+            (self.backward, range(frame - 1, min((*others, frame)) - 1, -1), 0),
         ):
             at = None  # the token itself, before the first link
             for link in path:
                 matches = links[link] if at is None else links[link][at]
                 at = matches[:, 0]
-                reached = link + 1 if links is self.forward else link
-                if reached in column:
-                    found[:, column[reached]] = matches
+                if link + reached in column:
+                    found[:, column[link + reached]] = matches
         return found
 
     def crop(self, top: int, left: int, height: int, width: int) -> Correspondence:

@@ -1,0 +1,202 @@
+"""Every workflow fits the nodes as they are, and its API form runs in a real ComfyUI and gives what it says."""
+
+from functools import cache
+from itertools import combinations
+
+import av
+import numpy
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from scripts.host import PACK
+from tests.workflow_helpers import FPS, FRAMES, HEIGHT, NAMES, SMALL, WIDTH, api_form, editor_form, place_clip
+
+EDITS = ["1_edit_a_clip", "2_edit_with_controlnet"]
+FILES = ("ckpt_name", "control_net_name", "file")  # the user's own
+
+
+def the(prompt: dict, *classes: str) -> str:
+    """Id of the only node of one of these classes."""
+    (found,) = [node_id for node_id, node in prompt.items() if node["class_type"] in classes]
+    return found
+
+
+@pytest.fixture(scope="module")
+def run(server):
+    """Name of a workflow -> its prompt, made small, and its outputs; each runs once.
+
+    Every latent and every decoded picture is saved beside what the workflow saves: node "<id> saved".
+    """
+    place_clip(server.base)
+
+    @cache
+    def once(name: str) -> tuple[dict, dict]:
+        prompt = api_form(name)
+        for node in prompt.values():
+            node["inputs"] |= SMALL.get(node["class_type"], {})
+        if name == "4_invert_and_reconstruct":  # the best that can come back: what the autoencoder leaves
+            vae = prompt[the(prompt, "VAEEncode")]["inputs"]["vae"]
+            prompt["best"] = {
+                "class_type": "VAEDecode",
+                "inputs": {"samples": [the(prompt, "VAEEncode"), 0], "vae": vae},
+            }
+        kinds = {"VAEDecode": ("SaveImage", "images"), "VAEEncode": ("SaveLatent", "samples")}
+        kinds |= dict.fromkeys(("CoveDDIMInversion", "CoveDDIMSampler"), ("SaveLatent", "samples"))
+        for node_id, node in list(prompt.items()):
+            if kind := kinds.get(node["class_type"]):
+                inputs = {kind[1]: [node_id, 0], "filename_prefix": f"{name}/{node_id}"}
+                prompt[f"{node_id} saved"] = {"class_type": kind[0], "inputs": inputs}
+        return prompt, server.queue(prompt, timeout=300)
+
+    return once
+
+
+@pytest.fixture(scope="module")
+def pictures(server, run):
+    """Name of a workflow and node id -> pictures that the node saved or showed, uint8, as many arrays."""
+
+    def read(name: str, node_id: str) -> list[numpy.ndarray]:
+        return [numpy.asarray(Image.open(server.path_of(entry))) for entry in run(name)[1][node_id]["images"]]
+
+    return read
+
+
+@pytest.fixture(scope="module")
+def latent(server, run):
+    """Name of a workflow and class of a node -> the latents it gave."""
+
+    def read(name: str, node_class: str) -> torch.Tensor:
+        prompt, outputs = run(name)
+        (entry,) = outputs[f"{the(prompt, node_class)} saved"]["latents"]
+        return load_file(server.path_of(entry))["latent_tensor"]
+
+    return read
+
+
+def video_of(server, outputs: dict, prompt: dict) -> tuple[numpy.ndarray, float]:
+    (entry,) = outputs[the(prompt, "SaveVideo")]["images"]
+    with av.open(str(server.path_of(entry))) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        return numpy.stack(frames), float(container.streams.video[0].average_rate)
+
+
+# As files
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inputs_are_what_the_nodes_accept(server, name):
+    info, prompt = server.object_info(), api_form(name)
+    for node in prompt.values():
+        slots = info[node["class_type"]]["input"]
+        known = slots["required"] | slots.get("optional", {})
+        assert slots["required"].keys() <= node["inputs"].keys() <= known.keys(), node
+        for slot, value in node["inputs"].items():
+            kind, options = (*known[slot], {})[:2]
+            if isinstance(value, list):
+                assert info[prompt[value[0]]["class_type"]]["output"][value[1]] == kind, (node, slot)
+            elif kind == "COMBO" or isinstance(kind, list):
+                assert slot in FILES or value in (options["options"] if kind == "COMBO" else kind), (node, slot)
+            else:
+                types = {"INT": int, "FLOAT": int | float, "STRING": str, "BOOLEAN": bool}
+                assert isinstance(value, types[kind]), (node, slot)
+                assert kind == "STRING" or options.get("min", value) <= value <= options.get("max", value), (node, slot)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_editor_form_has_the_same_nodes_and_wires(name):
+    saved, prompt = editor_form(name), api_form(name)
+    nodes = {node["id"]: node for node in saved["nodes"]}
+    (note,) = [node for node in nodes.values() if node["type"] == "Note"]
+    assert len(note["widgets_values"][0]) > 100
+    drawn = {str(node["id"]): node["type"] for node in nodes.values() if node is not note}
+    assert drawn == {node_id: node["class_type"] for node_id, node in prompt.items()}
+    wires = {
+        (str(target), nodes[target]["inputs"][slot]["name"]): [str(source), output]
+        for _, source, output, target, slot, _ in saved["links"]
+    }
+    linked = [(key, slot, value) for key, node in prompt.items() for slot, value in node["inputs"].items()]
+    assert wires == {(key, slot): value for key, slot, value in linked if isinstance(value, list)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nodes_lie_beside_one_another(name):
+    nodes = editor_form(name)["nodes"]
+    for one, other in combinations(nodes, 2):
+        gaps = [
+            max(one["pos"][axis], other["pos"][axis])
+            - min(one["pos"][axis] + one["size"][axis], other["pos"][axis] + other["size"][axis])
+            for axis in (0, 1)
+        ]
+        assert max(gaps) >= 10, (one["type"], other["type"])
+
+
+def test_template_browser_lists_the_workflows_and_nothing_else(server):
+    (found,) = server._request("/workflow_templates").values()
+    assert sorted(found) == NAMES
+    for name in NAMES:
+        path = PACK / "workflows" / f"{name}.jpg"
+        assert Image.open(path).format == "JPEG" and path.stat().st_size < 80_000
+
+
+# As runs
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_edit_gives_a_video_of_the_frames_asked_for(server, run, latent, pictures, name):
+    prompt, outputs = run(name)
+    video, rate = video_of(server, outputs, prompt)
+    assert video.shape == (FRAMES, HEIGHT, WIDTH, 3) and rate == FPS
+    for node_class in ("VAEEncode", "CoveDDIMInversion", "CoveDDIMSampler"):
+        found = latent(name, node_class)
+        assert found.shape == (FRAMES, 4, HEIGHT // 8, WIDTH // 8) and found.isfinite().all()
+    edited = pictures(name, f"{the(prompt, 'VAEDecode')} saved")
+    assert len(edited) == FRAMES and all(picture.std() > 3 for picture in edited)
+    assert abs(video - numpy.stack(edited).astype(float)).mean() < 8  # H.264 kept them, in their order
+
+
+def test_controlnet_has_a_say_in_inversion_and_in_sampling(latent):
+    for node_class in ("CoveDDIMInversion", "CoveDDIMSampler"):
+        plain, controlled = (latent(name, node_class) for name in EDITS)
+        assert (plain - controlled).abs().mean() > 0.01
+    assert torch.equal(*(latent(name, "VAEEncode") for name in EDITS))
+
+
+def test_controlnet_gets_edges_of_every_frame(run, pictures):
+    prompt, _ = run(EDITS[1])
+    edges = pictures(EDITS[1], the(prompt, "PreviewImage"))
+    assert len(edges) == FRAMES and all(0.02 < (picture > 127).mean() < 0.5 for picture in edges)
+
+
+def test_matches_are_drawn_on_every_frame(run, pictures):
+    name = "3_show_the_matches"
+    prompt, _ = run(name)
+    colours = pictures(name, the(prompt, "PreviewImage"))
+    assert len(colours) == FRAMES
+    assert all(picture.shape[:2] == (HEIGHT, WIDTH) and picture.std() > 3 for picture in colours)
+    (sheet,) = pictures(name, the(prompt, "CoveShowCorrespondence"))
+    rows, columns = -(-FRAMES // 3), 3
+    assert sheet.shape[0] >= rows * HEIGHT and sheet.shape[1] >= columns * WIDTH
+    for index in range(FRAMES):
+        row, column = index // columns * HEIGHT, index % columns * WIDTH
+        frame = sheet[row : row + HEIGHT, column : column + WIDTH].astype(int)
+        reddish = (frame[..., 0] > 230) & (frame[..., 1:].max(-1) < 60)
+        yellowish = (frame[..., :2].min(-1) > 220) & (frame[..., 2] < 60)
+        assert (reddish if index == 0 else yellowish).any(), index
+
+
+def test_inversion_gives_the_clip_back(server, run, latent, pictures):
+    name = "4_invert_and_reconstruct"
+    prompt, outputs = run(name)
+    back, best = (
+        numpy.stack(pictures(name, f"{node_id} saved")) / 255.0
+        for node_id in (prompt[the(prompt, "ImageStitch")]["inputs"]["image2"][0], "best")
+    )
+    psnr = -10 * numpy.log10(((back - best) ** 2).mean())
+    print("PSNR", psnr)
+    assert psnr > 30
+    noise, clip = latent(name, "CoveDDIMInversion"), latent(name, "VAEEncode")
+    assert noise.isfinite().all() and (noise - clip).abs().mean() > 0.3  # it went away and came back
+    video, rate = video_of(server, outputs, prompt)
+    assert video.shape == (FRAMES, HEIGHT, 2 * WIDTH + 8, 3) and rate == FPS

@@ -1,0 +1,44 @@
+"""What the tests of the workflows share: the files, a clip, and settings under which each runs in seconds."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from scripts.clip import render_clip
+from scripts.host import PACK
+
+FRAMES, WIDTH, HEIGHT, FPS, STEPS = 5, 128, 80, 12, 6
+NAMES = sorted(path.stem for path in (PACK / "workflows").glob("*.json"))
+CLIP = PACK.parent / "shared" / "clips" / "train.mp4"
+
+# Node class -> what differs from the workflow as it is saved.
+SMALL = {
+    "CheckpointLoaderSimple": {"ckpt_name": "sd15.ckpt"},
+    "ControlNetLoader": {"control_net_name": "control_sd15.pth"},
+    "CoveLoadFrames": {"count": FRAMES, "width": WIDTH, "height": HEIGHT},
+    "CoveCorrespondence": {"window": 5},
+    "CoveDDIMInversion": {"steps": STEPS, "sampling_steps": STEPS},
+    "CoveDDIMSampler": {"steps": STEPS},
+}
+
+
+def editor_form(name: str) -> dict[str, Any]:
+    """The workflow as the editor saves it."""
+    return json.loads((PACK / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def api_form(name: str) -> dict[str, Any]:
+    """The workflow as scripts queue it."""
+    return json.loads((PACK / "workflows" / "api" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def place_clip(base: Path) -> None:
+    """Put a clip of 12 frames a second where the workflows look for it: a real one, else one rendered here."""
+    path = base / "input" / "clip.mp4"
+    if CLIP.is_file():
+        shutil.copyfile(CLIP, path)
+    elif not path.is_file():
+        render_clip(path, fps=FPS)
