@@ -4,7 +4,7 @@
 
 A UNet of SD1.5's shape with random weights runs one sampling step, cond and uncond together, in a real ComfyUI
 (COMFYUI_PATH, or as `scripts/host.py` finds it). First the fast attention is held against the plain loops; then steps
-with and without guided attention are timed in turn, and each variant's peak memory is taken in a process of its own.
+with and without guided attention are timed and their peak memory taken, in turn, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import statistics
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-VARIANTS = {"spatial-temporal alone": None, "guided, all matches": 0.0, "guided, half merged": 0.5}
+ALONE = "spatial-temporal alone"
+VARIANTS = {ALONE: None, "guided, all matches": 0.0, "guided, half merged": 0.5}
 
 
 def prove_equality() -> None:
@@ -127,11 +127,12 @@ class Step:
         return seconds
 
 
-def measure(step: Step, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each variant, run in turn so that a drifting machine hits all alike, after one step to warm up."""
-    step.run(next(iter(VARIANTS)))
-    rounds = [{name: step.run(name) for name in VARIANTS} for _ in range(repeats)]
-    return {name: [seconds[name] for seconds in rounds] for name in VARIANTS}
+def measure(arguments: argparse.Namespace, name: str) -> tuple[float, int]:
+    """Seconds and working memory of one step of a variant, in a process of its own."""
+    command = [sys.executable, __file__, f"--frames={arguments.frames}", f"--size={arguments.size}"]
+    answer = subprocess.run([*command, f"--variant={name}"], check=True, stdout=subprocess.PIPE, text=True).stdout
+    seconds, memory = answer.splitlines()[-1].split()
+    return float(seconds), int(memory)
 
 
 def main() -> None:
@@ -139,42 +140,34 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=9)
     parser.add_argument("--size", default="512x320", help="width x height in pixels")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     width, height = map(int, arguments.size.split("x"))
 
     from benchmarks.memory import working_memory
     from scripts.host import provide_host
 
-    prove_equality()
-    step = Step(provide_host(), arguments.frames, width, height)
-    if arguments.memory_of:
-        print(working_memory(partial(step.run, arguments.memory_of)))
+    if arguments.variant:
+        step, seconds = Step(provide_host(), arguments.frames, width, height), []
+        memory = working_memory(lambda: seconds.append(step.run(arguments.variant)))
+        print(*seconds, memory)
         return
 
     import torch
-    from comfy.ldm.modules.attention import optimized_attention
 
+    prove_equality()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     print(
         f"{device} ({platform.machine()}), torch {torch.__version__}, float32, {arguments.frames} frames of "
-        f"{arguments.size}, cond and uncond together, {optimized_attention.__name__}; median of {arguments.repeats}"
+        f"{arguments.size}, cond and uncond together; median of {arguments.repeats}, first step of a fresh process"
     )
-    seconds = measure(step, arguments.repeats)
-    del step
-    alone = "spatial-temporal alone"
-    memory = {}
-    for name in VARIANTS:
-        command = [sys.executable, __file__, f"--frames={arguments.frames}", f"--size={arguments.size}"]
-        answer = subprocess.run([*command, f"--memory-of={name}"], check=True, capture_output=True, text=True).stdout
-        memory[name] = int(answer.splitlines()[-1])
+    # In turn, so that a drifting machine hits all alike.
+    rounds = [{name: measure(arguments, name) for name in VARIANTS} for _ in range(arguments.repeats)]
     print(f"{'':24}{'step':>10}{'':>9}{'working memory':>18}")
     for name in VARIANTS:
-        ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds[alone], strict=True))
-        print(
-            f"{name:24}{statistics.median(seconds[name]):8.1f} s{100 * (ratio - 1):+7.1f} %"
-            f"{memory[name] / 2**20:12.0f} MiB {memory[name] / memory[alone]:5.2f}x"
-        )
+        seconds, memory = (statistics.median(turn[name][i] for turn in rounds) for i in (0, 1))
+        slower, larger = (statistics.median(turn[name][i] / turn[ALONE][i] for turn in rounds) for i in (0, 1))
+        print(f"{name:24}{seconds:8.1f} s{100 * (slower - 1):+7.1f} %{memory / 2**20:12.0f} MiB {larger:5.2f}x")
 
 
 if __name__ == "__main__":

@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from .files import whole_file
 
 FORMAT = "cove.correspondence.1"
 
@@ -112,15 +113,10 @@ class Correspondence:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file, under a temporary name and then renamed: a kill leaves the old file or none."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         tensors = {"forward": self.forward.cpu().contiguous(), "backward": self.backward.cpu().contiguous()}
         metadata = {"format": FORMAT} | {name: str(getattr(self, name)) for name in ("height", "width", "window")}
-        try:
+        with whole_file(path) as temporary:
             save_file(tensors, temporary, metadata)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Correspondence:

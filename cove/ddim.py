@@ -7,7 +7,9 @@ k-diffusion and ComfyUI. COVE (arXiv 2406.08850), section 3.1, Eq. 3, where `sqr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,6 +94,7 @@ def invert(
     extra_args: dict[str, Any] | None = None,
     callback: Callable[[dict], None] | None = None,
     disable: bool | None = None,
+    done: int = 0,
 ) -> Tensor:
     """DDIM inversion: the noise that DDIM sampling turns into `x`, in k-diffusion's signature.
 
@@ -100,14 +103,20 @@ def invert(
     DDIMInverseScheduler does), and each refinement puts the x_b found in its place (fixed-point iteration; Pan et al.,
     arXiv 2309.04907). A refinement is one more call of the model a step.
 
+    Where refining makes the residual grow, the step ends with the guess that had the smallest.
+
     Args:
         model: model(x, sigma of each sample, **extra_args) -> denoised x.
-        x: clean latents, [frames, ...].
+        x: clean latents, [frames, ...]; or those at sigmas[done], to go on with an inversion that was broken off.
         sigmas: ascending from 0, [steps + 1].
         refinements: fixed-point iterations a step; 0 is diffusers' one-shot inversion.
-        callback: called after each step with x, i, sigma, denoised and residual, the relative change that the last
-            refinement made (NaN without one).
+        callback: called after each step with x, i, sigma, denoised, and
+            guess: where the model gave the answer that x rests on; where the residual grew, x itself;
+            residual: by how much the last refinement changed x, as a share of its norm; where the residual grew, by
+            how much sampling a step back from x misses (NaN without refinements);
+            grew: whether the residual grew, so that refining stopped.
         disable: taken for the signature's sake; progress is the callback's.
+        done: steps taken before.
 
     Returns:
         x at sigmas[-1]. FloatingPointError at the first step that gives NaN or Inf.
@@ -117,20 +126,35 @@ def invert(
         raise ValueError(f"refinements must be 0 or more, got {refinements}")
     if not (sigmas[:-1] < sigmas[1:]).all():
         raise ValueError(f"sigmas must ascend to invert, got {sigmas.tolist()}")
-    for i, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
-        guess = x * ((1 + sigma_next**2) / (1 + sigma**2)).sqrt()
-        inverted, residual = guess, torch.full_like(sigma, torch.nan)
-        for refinement in range(refinements + 1):
-            denoised = model(guess, sigma_next.expand(len(x)), **extra_args)
-            inverted = step(x, (guess - denoised) / sigma_next, sigma, sigma_next)
-            if refinement > 0:
-                residual = (inverted - guess).norm() / inverted.norm()
-            guess = inverted
-        _check_finite(inverted, "inversion", i, len(sigmas) - 1, sigma_next)
+    for i in range(done, len(sigmas) - 1):
+        refine = partial(_refine, model, x, sigmas, i, extra_args)
+        guess = x * ((1 + sigmas[i + 1] ** 2) / (1 + sigmas[i] ** 2)).sqrt()
+        inverted, denoised, change = refine(guess)
+        residual, grew = math.nan, False
+        for _ in range(refinements):
+            refined, denoised_there, change_there = refine(inverted)
+            residual = min(change, change_there)
+            grew = change_there > change
+            if grew:
+                inverted = guess
+                break
+            guess, inverted, denoised, change = inverted, refined, denoised_there, change_there
         x = inverted
         if callback is not None:
-            callback({"x": x, "i": i, "sigma": sigma_next, "denoised": denoised, "residual": residual})
+            found = {"guess": guess, "residual": residual, "grew": grew}
+            callback({"x": x, "i": i, "sigma": sigmas[i + 1], "denoised": denoised, **found})
     return x
+
+
+def _refine(
+    model: Callable[..., Tensor], x: Tensor, sigmas: Tensor, i: int, extra_args: dict[str, Any], guess: Tensor
+) -> tuple[Tensor, Tensor, float]:
+    """From x at sigmas[i] to sigmas[i + 1] by the model's answer at `guess`; that answer; how far that is from it."""
+    sigma, sigma_next = sigmas[i], sigmas[i + 1]
+    denoised = model(guess, sigma_next.expand(len(x)), **extra_args)
+    refined = step(x, (guess - denoised) / sigma_next, sigma, sigma_next)
+    _check_finite(refined, "inversion", i, len(sigmas) - 1, sigma_next)
+    return refined, denoised, float((refined - guess).norm() / refined.norm())
 
 
 def _check_finite(x: Tensor, what: str, i: int, steps: int, sigma: Tensor) -> None:

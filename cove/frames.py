@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -22,6 +21,8 @@ import torch.nn.functional as F
 from av.video.reformatter import ColorRange, Colorspace
 from einops import rearrange
 from torch import Tensor
+
+from .files import whole_file
 
 FITS = ("crop", "pad", "stretch")
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -145,31 +146,27 @@ def write_frames(path: str | os.PathLike, images: Tensor, fps: float, progress: 
     if not (isfinite(fps) and fps > 0):
         raise ValueError(f"fps is {fps}; expected a number above 0.")
 
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
-    try:
-        with av.open(str(unfinished), "w", format="mp4", options={"movflags": "faststart"}) as container:
-            # 30000/1001 is what 29.97 means; this denominator keeps it, and its division by a stride, exact.
-            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(10_000))
-            stream.width, stream.height, stream.pix_fmt, stream.options = width, height, "yuv420p", {"crf": "16"}
-            # Players guess the matrix of an untagged file from its size, and guess differently.
-            context = stream.codec_context
-            context.colorspace = context.color_primaries = context.color_trc = int(Colorspace.ITU709)
-            context.color_range = int(ColorRange.MPEG)
-            for index, image in enumerate(images):
-                if not torch.isfinite(image).all():
-                    raise ValueError(f"Frame {index} holds NaN or Inf; expected values in 0..1. See what made it.")
-                pixels = image.detach().float().clamp(0, 1).mul(255).round().to("cpu", torch.uint8)
-                frame = av.VideoFrame.from_ndarray(pixels.contiguous().numpy(), format="rgb24")
-                frame = frame.reformat(
-                    format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
-                )
-                container.mux(stream.encode(frame))
-                if progress is not None:
-                    progress(index + 1, len(images))
-            container.mux(stream.encode())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with (
+        whole_file(path) as temporary,
+        av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"}) as container,
+    ):
+        # 30000/1001 is what 29.97 means; this denominator keeps it, and its division by a stride, exact.
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(10_000))
+        stream.width, stream.height, stream.pix_fmt, stream.options = width, height, "yuv420p", {"crf": "16"}
+        # Players guess the matrix of an untagged file from its size, and guess differently.
+        context = stream.codec_context
+        context.colorspace = context.color_primaries = context.color_trc = int(Colorspace.ITU709)
+        context.color_range = int(ColorRange.MPEG)
+        for index, image in enumerate(images):
+            if not torch.isfinite(image).all():
+                raise ValueError(f"Frame {index} holds NaN or Inf; expected values in 0..1. See what made it.")
+            pixels = image.detach().float().clamp(0, 1).mul(255).round().to("cpu", torch.uint8)
+            frame = av.VideoFrame.from_ndarray(pixels.contiguous().numpy(), format="rgb24")
+            frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
+            container.mux(stream.encode(frame))
+            if progress is not None:
+                progress(index + 1, len(images))
+        container.mux(stream.encode())
 
 
 def image_files(folder: str | os.PathLike) -> list[Path]:

@@ -6,6 +6,7 @@ import asyncio
 import importlib
 import importlib.util
 import sys
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,8 +48,11 @@ def controlnets(base) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def server(host, base, models, controlnets):
-    """A running ComfyUI on the CPU with the pack and the random models."""
-    with Server(host, base, "--cpu") as running:
+    """A running ComfyUI on the CPU with the pack and the random models, on one thread for the reason `load` gives."""
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("OMP_NUM_THREADS", "1")
+            running = stack.enter_context(Server(host, base, "--cpu"))
         yield running
 
 

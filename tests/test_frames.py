@@ -380,7 +380,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch, failure, before):
     with pytest.raises(error, match="Frame 83 holds NaN" if failure == "nan" else None):
         write_frames(path, images, 5, progress)
 
-    assert len(seen) == 83 and any(name.endswith(".part") for name in seen[-1])  # it did fail midway
+    assert len(seen) == 83 and any(name.endswith(".tmp") for name in seen[-1])  # it did fail midway
     assert [file.name for file in tmp_path.iterdir()] == ([] if before is None else ["a.mp4"])
     assert before is None or path.read_bytes() == before
 

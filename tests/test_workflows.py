@@ -194,7 +194,7 @@ def test_inversion_gives_the_clip_back(server, run, latent, pictures):
         for node_id in (prompt[the(prompt, "ImageStitch")]["inputs"]["image2"][0], "best")
     )
     psnr = -10 * numpy.log10(((back - best) ** 2).mean())
-    print("PSNR", psnr)
+    # At 6 steps: 26 dB without refinement, 32.5 with one, as the workflow has it, 38 with two; 37 with one at 10 steps.
     assert psnr > 30
     noise, clip = latent(name, "CoveDDIMInversion"), latent(name, "VAEEncode")
     assert noise.isfinite().all() and (noise - clip).abs().mean() > 0.3  # it went away and came back

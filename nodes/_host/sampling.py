@@ -1,0 +1,155 @@
+"""A run of the sampler as the core nodes start it, and what is checked before one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import comfy.model_management
+import comfy.patcher_extension
+import comfy.sample
+import comfy.samplers
+import latent_preview
+import torch
+from torch import Tensor
+
+from .told import KEY
+
+GRID_KEY = "cove_sigmas"
+
+
+def run(
+    model,
+    function: Callable[..., Tensor],
+    latent: dict[str, Any],
+    sigmas: Tensor,
+    positive,
+    negative=None,
+    cfg: float = 1.0,
+    *,
+    node: str,
+    callback: Callable | None = None,
+    **options,
+) -> dict[str, Any]:
+    """Run a k-diffusion style function on a LATENT as the core samplers do, without adding noise."""
+    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+    channels = model.get_model_object("latent_format").latent_channels
+    if samples.ndim != 4 or samples.shape[1] != channels:
+        raise ValueError(
+            f"{node}: expected latents [frames, {channels}, height, width] for this model, got {list(samples.shape)}. "
+            f"Encode the frames with the VAE of the same checkpoint."
+        )
+    check_finite(samples, "latents that came in", node)
+    try:
+        result = comfy.sample.sample_custom(
+            model,
+            torch.zeros_like(samples),
+            cfg,
+            comfy.samplers.KSAMPLER(function, extra_options=options),
+            sigmas,
+            positive,
+            positive if negative is None else negative,
+            samples,
+            callback=callback,
+            seed=0,
+        )
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{node}: {error}") from error
+    return {name: value for name, value in latent.items() if name != GRID_KEY} | {"samples": result}
+
+
+def run_unet(denoise, x: Tensor, sigma: Tensor, model_options: dict[str, Any]) -> None:
+    """One pass of the UNet inside `run`, with the positive conditioning and without what guiders or windows add."""
+    guider = denoise.inner_model
+    options = {**model_options, "context_handler": None}
+    comfy.samplers.calc_cond_batch(guider.inner_model, [guider.conds["positive"]], x, sigma.expand(len(x)), options)
+
+
+def plain_conditioning(model, conditioning=None):
+    """The first of the conditionings, on the whole picture and without control; zeros where there is none."""
+    if conditioning:
+        text, extras = conditioning[0]
+        cut = ("control", "control_apply_to_uncond", "area", "mask", "gligen", "start_percent", "end_percent", "hooks")
+        return [[text, {name: value for name, value in extras.items() if name not in cut}]]
+    unet = model.model.model_config.unet_config
+    # SDXL's vector holds the pooled text and six sizes of 256 numbers each.
+    pooled = torch.zeros(1, max(0, (unet.get("adm_in_channels") or 0) - 6 * 256))
+    return [[torch.zeros(1, 77, unet["context_dim"]), {"pooled_output": pooled}]]
+
+
+def preview(model, steps: int) -> Callable:
+    """Progress bar, latent preview and a check for interruption after each step."""
+    show = latent_preview.prepare_callback(model, steps)
+
+    def callback(*step) -> None:
+        show(*step)
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    return callback
+
+
+def check_finite(frames: Tensor, what: str, node: str) -> None:
+    """An error that names the frames with NaN or Inf in them, if there are any."""
+    broken = [i for i, frame in enumerate(frames) if not frame.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"{node}: expected finite numbers, got NaN or Inf in the {what}, frames {broken[:8]}. Look at the node "
+            f"before; if it ran in half precision, run it in fp32 or bf16."
+        )
+
+
+def check_unmasked(latent: dict[str, Any], node: str) -> None:
+    """An error when a LATENT carries a mask: ComfyUI would keep the noise outside of it, not the clip."""
+    if "noise_mask" in latent:
+        raise ValueError(
+            f"{node}: expected latents without a noise mask, got some with one, which cannot work on inverted noise. "
+            f"Take the mask off; after decoding, put the edited frames over the source with ImageCompositeMasked."
+        )
+
+
+def check_unguided(model, node: str) -> None:
+    """An error when MODEL has Correspondence Attention already."""
+    if model.get_wrappers(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, KEY):
+        raise ValueError(
+            f"{node}: expected a model without Correspondence Attention, got one with it. Connect the one before it."
+        )
+
+
+def check_start(latent: dict[str, Any], sigmas: Tensor, node: str) -> None:
+    """An error when the latents come from an inversion that ended elsewhere than where `sigmas` start."""
+    check_unmasked(latent, node)
+    grid = latent.get(GRID_KEY)
+    if grid is not None and not math.isclose(float(grid[-1]), float(sigmas[0]), rel_tol=1e-4):
+        raise ValueError(
+            f"{node}: the inversion ended at sigma {float(grid[-1]):.4f} ({len(grid) - 1} steps), but sampling starts "
+            f"at sigma {float(sigmas[0]):.4f} ({len(sigmas) - 1} steps). Set `sampling_steps` of DDIM Inversion to "
+            f"{len(sigmas) - 1}, and use the same checkpoint for both."
+        )
+
+
+def check_hints(conds: list[dict], frames: int, model_options: dict[str, Any], node: str) -> None:
+    """An error when a ControlNet's hints are neither one nor one a frame; `conds` are conditioning dictionaries."""
+    windows = model_options.get("context_handler")
+    cut = windows is not None and frames > windows.context_length
+    for cond in conds:
+        control = cond.get("control")
+        while control is not None:
+            hint = getattr(control, "cond_hint_original", None)
+            if hint is not None and len(hint) not in (1, frames):
+                raise ValueError(
+                    f"{node}: a ControlNet has {len(hint)} hint images for {frames} frames. Give it one image, or one "
+                    f"for each frame: make the hints from the same frames, with the same start, count and stride."
+                )
+            # Advanced-ControlNet follows the window by itself.
+            if hint is not None and len(hint) > 1 and cut and not hasattr(control, "sub_idxs"):
+                raise ValueError(
+                    f"{node}: with context windows, ComfyUI gives every window the hints of the first frames. Remove "
+                    f"the context windows, use one hint image for all frames, or use Advanced-ControlNet."
+                )
+            control = getattr(control, "previous_controlnet", None)
+
+
+def check_conditioning(conditioning, latent: dict[str, Any], model, node: str) -> None:
+    """`check_hints` for a CONDITIONING, before a run."""
+    check_hints([extras for _, extras in conditioning], len(latent["samples"]), model.model_options, node)
