@@ -2,12 +2,16 @@
 
 from comfy_api.v0_0_2 import ComfyExtension, io
 
-from . import attention, correspondence, ddim, draw, features, frames
+from . import attention, correspondence, ddim, draw, features, frames, injection, inversion, metrics
+
+FILES = (frames, features, correspondence, draw, attention, ddim, inversion, injection, metrics)
 
 
 class CoveExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [node for file in (frames, features, correspondence, draw, attention, ddim) for node in file.NODES]
+        return [
+            node for file in (frames, features, correspondence, draw, attention, ddim, injection) for node in file.NODES
+        ]
 
 
 async def comfy_entrypoint() -> CoveExtension:

@@ -6,8 +6,10 @@ import comfy.model_management
 import comfy.utils
 from comfy_api.v0_0_2 import io
 
-from ..cove.correspondence import find_correspondence
+from ..cove.correspondence import Correspondence, find_correspondence
 from . import _host
+
+ENDING = ".correspondence.safetensors"
 
 
 class FindCorrespondence(io.ComfyNode):
@@ -60,4 +62,70 @@ class FindCorrespondence(io.ComfyNode):
         return io.NodeOutput(found.to(comfy.model_management.intermediate_device()))
 
 
-NODES = [FindCorrespondence]
+class SaveCorrespondence(io.ComfyNode):
+    """`Correspondence.save`: the matches as one safetensors file."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CoveSaveCorrespondence",
+            display_name="Save Correspondence",
+            category="COVE",
+            description="Saves a correspondence to ComfyUI's output folder.",
+            inputs=[
+                _host.CorrespondenceType.Input("correspondence", tooltip="Out of Correspondence."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="cove/clip",
+                    tooltip="Folder and beginning of the name in the output folder; a number is added.",
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, correspondence, filename_prefix) -> io.NodeOutput:
+        path = _host.place_to_save(filename_prefix, ENDING, "Save Correspondence")
+        correspondence.save(path)
+        _host.say(cls, f"saved as {path.name}, {path.stat().st_size / 2**20:.1f} MiB")
+        return io.NodeOutput()
+
+
+class LoadCorrespondence(io.ComfyNode):
+    """What Save Correspondence wrote. Correspondence Attention checks that it fits the latents."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CoveLoadCorrespondence",
+            display_name="Load Correspondence",
+            category="COVE",
+            description="Loads what Save Correspondence wrote, in place of Diffusion Features and Correspondence.",
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=_host.saved_files(ENDING),
+                    tooltip="A correspondence in ComfyUI's output or input folder, newest first.",
+                ),
+            ],
+            outputs=[_host.CorrespondenceType.Output(display_name="correspondence")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file=None) -> bool | str:
+        return _host.is_there(file, "Load Correspondence")
+
+    @classmethod
+    def fingerprint_inputs(cls, file=None, **others) -> str:
+        return _host.state_of(file)
+
+    @classmethod
+    def execute(cls, file) -> io.NodeOutput:
+        try:
+            return io.NodeOutput(Correspondence.load(_host.path_of(file)))
+        except ValueError as error:
+            raise ValueError(f"Load Correspondence: {error}") from error
+
+
+NODES = [FindCorrespondence, SaveCorrespondence, LoadCorrespondence]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from comfy.samplers import KSAMPLER
 from comfy_api.v0_0_2 import io
 
 from ..cove import ddim
 from . import _host
+from .injection import ATTENTION_TOOLTIP, AUTO, RESNET_TOOLTIP
 
 STEPS_TOOLTIP = "More steps follow the model more closely and take more time. The paper uses 50."
 
@@ -50,14 +53,49 @@ class DDIMInversion(io.ComfyNode):
                     tooltip="More makes the clip come back more exactly; each takes as long as the inversion without "
                     "any. 0 = as diffusers does it.",
                 ),
+                io.Combo.Input(
+                    "storage",
+                    options=list(_host.STORAGES),
+                    default=_host.RECOMPUTE,
+                    tooltip="For Feature Injection. recompute: keep the latents only and run the source again beside "
+                    "each edit; nothing to store, half as much time again in sampling. memory, disk: keep the features "
+                    "of every step; worth it for many edits of a short clip. The node shows how much it will be.",
+                ),
+                io.Int.Input(
+                    "feature_steps",
+                    default=40,
+                    min=0,
+                    max=1000,
+                    tooltip="More stores features for more of the first sampling steps. Not used by recompute. The "
+                    "paper uses 40 of 50.",
+                ),
+                io.String.Input("resnet_blocks", default=AUTO, tooltip=f"To store. {RESNET_TOOLTIP}"),
+                io.String.Input("attention_blocks", default=AUTO, tooltip=f"To store. {ATTENTION_TOOLTIP}"),
             ],
-            outputs=[io.Latent.Output(display_name="noise")],
+            outputs=[
+                io.Latent.Output(display_name="noise"),
+                _host.InversionType.Output(display_name="inversion", tooltip="For Feature Injection, and to save."),
+            ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, model, conditioning, latent, steps, sampling_steps, refinements) -> io.NodeOutput:
+    def execute(
+        cls,
+        model,
+        conditioning,
+        latent,
+        steps,
+        sampling_steps,
+        refinements,
+        storage,
+        feature_steps,
+        resnet_blocks,
+        attention_blocks,
+    ) -> io.NodeOutput:
         node = "DDIM Inversion"
         _host.unet_of(model, node)
+        _host.check_without(model, _host.INJECTION_KEY, "Feature Injection", node)
         try:
             timesteps = ddim.inversion_timesteps(steps, sampling_steps)
         except ValueError as error:
@@ -65,9 +103,14 @@ class DDIMInversion(io.ComfyNode):
         sigmas = torch.cat((torch.zeros(1), _host.sigmas_at(model, timesteps)))
         _host.check_unmasked(latent, node)
         _host.check_conditioning(conditioning, latent, model, node)
-        options = {"node": node, "callback": _host.preview(model, len(sigmas) - 1), "refinements": refinements}
-        noise = _host.run(model, ddim.invert, latent, sigmas, conditioning, **options)
-        return io.NodeOutput({**noise, _host.GRID_KEY: sigmas})
+        sites = _host.sites_of(model, resnet_blocks, attention_blocks, node)
+        kept = sampling_sigmas(model, sampling_steps)[:-1][:feature_steps]
+        plan, size = _host.plan_storage(model, storage, sites, sigmas, kept, latent["samples"].shape, node)
+        tell = partial(_host.say, cls)
+        tell(size)
+        noise, inversion = _host.invert(model, conditioning, latent, sigmas, refinements, plan, node=node, tell=tell)
+        tell(f"{size}; {inversion.quality()}")
+        return io.NodeOutput(noise, inversion)
 
 
 class DDIMSampler(io.ComfyNode):

@@ -6,42 +6,76 @@ Everything here is read from ComfyUI 0.3.75 and kept to what core nodes use, too
 from comfy_api.v0_0_2 import io
 
 from .attention import GuidedSelfAttention, guide_self_attention
+from .files import check_space, is_there, path_of, place_to_save, saved_files, state_of
+from .injection import KEY as INJECTION_KEY
+from .injection import inject, sites_of
+from .inversion import (
+    MEMORY,
+    RECOMPUTE,
+    STORAGES,
+    check_fits,
+    conditioning_of,
+    invert,
+    plan_storage,
+)
 from .model import captured, decoder_level_end, grid_at, self_attention_levels, sigmas_at, unet_of
 from .sampling import (
     GRID_KEY,
     check_conditioning,
     check_finite,
     check_start,
-    check_unguided,
     check_unmasked,
+    check_without,
     plain_conditioning,
     preview,
     run,
     run_unet,
+    say,
 )
+from .told import KEY as ATTENTION_KEY
 
 FeaturesType = io.Custom("COVE_FEATURES")
 CorrespondenceType = io.Custom("COVE_CORRESPONDENCE")
+InversionType = io.Custom("COVE_INVERSION")
 
 __all__ = [
+    "ATTENTION_KEY",
     "GRID_KEY",
+    "INJECTION_KEY",
+    "MEMORY",
+    "RECOMPUTE",
+    "STORAGES",
     "CorrespondenceType",
     "FeaturesType",
     "GuidedSelfAttention",
+    "InversionType",
     "captured",
     "check_conditioning",
     "check_finite",
+    "check_fits",
+    "check_space",
     "check_start",
-    "check_unguided",
     "check_unmasked",
+    "check_without",
+    "conditioning_of",
     "decoder_level_end",
     "grid_at",
     "guide_self_attention",
+    "inject",
+    "invert",
+    "is_there",
+    "path_of",
+    "place_to_save",
     "plain_conditioning",
+    "plan_storage",
     "preview",
     "run",
     "run_unet",
+    "saved_files",
+    "say",
     "self_attention_levels",
     "sigmas_at",
+    "sites_of",
+    "state_of",
     "unet_of",
 ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +15,6 @@ import comfy.samplers
 import latent_preview
 import torch
 from torch import Tensor
-
-from .told import KEY
 
 GRID_KEY = "cove_sigmas"
 
@@ -34,12 +34,7 @@ def run(
 ) -> dict[str, Any]:
     """Run a k-diffusion style function on a LATENT as the core samplers do, without adding noise."""
     samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
-    channels = model.get_model_object("latent_format").latent_channels
-    if samples.ndim != 4 or samples.shape[1] != channels:
-        raise ValueError(
-            f"{node}: expected latents [frames, {channels}, height, width] for this model, got {list(samples.shape)}. "
-            f"Encode the frames with the VAE of the same checkpoint."
-        )
+    check_channels(model, samples, node)
     check_finite(samples, "latents that came in", node)
     try:
         result = comfy.sample.sample_custom(
@@ -89,6 +84,16 @@ def preview(model, steps: int) -> Callable:
     return callback
 
 
+def check_channels(model, samples: Tensor, node: str) -> None:
+    """An error when latents are not those of pictures in MODEL's latent format."""
+    channels = model.get_model_object("latent_format").latent_channels
+    if samples.ndim != 4 or samples.shape[1] != channels:
+        raise ValueError(
+            f"{node}: expected latents [frames, {channels}, height, width] for this model, got {list(samples.shape)}. "
+            f"Encode the frames with the VAE of the same checkpoint."
+        )
+
+
 def check_finite(frames: Tensor, what: str, node: str) -> None:
     """An error that names the frames with NaN or Inf in them, if there are any."""
     broken = [i for i, frame in enumerate(frames) if not frame.isfinite().all()]
@@ -108,12 +113,18 @@ def check_unmasked(latent: dict[str, Any], node: str) -> None:
         )
 
 
-def check_unguided(model, node: str) -> None:
-    """An error when MODEL has Correspondence Attention already."""
-    if model.get_wrappers(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, KEY):
-        raise ValueError(
-            f"{node}: expected a model without Correspondence Attention, got one with it. Connect the one before it."
-        )
+def check_without(model, key: str, other: str, node: str) -> None:
+    """An error when MODEL has been through the node `other`, which leaves a wrapper under `key`."""
+    if model.get_wrappers(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, key):
+        raise ValueError(f"{node}: expected a model without {other}, got one with it. Connect the one before it.")
+
+
+def say(node, text: str) -> None:
+    """Show a line on a node in the page, while it runs, and in the log. `node` is its class."""
+    logging.info("%s: %s", node.__name__, text)
+    module = sys.modules.get("server")  # there when ComfyUI serves a page, and not where nodes are called by a script
+    if module is not None and node.hidden is not None:
+        module.PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
 
 
 def check_start(latent: dict[str, Any], sigmas: Tensor, node: str) -> None:

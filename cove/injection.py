@@ -1,0 +1,86 @@
+"""Features kept during inversion and put back during sampling, so that an edit keeps the source's structure.
+
+COVE (arXiv 2406.08850), section 4.1, "first 40 timesteps"; what is kept and where are those of FLATTEN
+(arXiv 2310.05922), after Plug-and-Play (arXiv 2211.12572): the outputs of ResNet branches, and what the queries and
+keys of self-attention are projected from. Queries and keys are linear in it, so it stands for both at half the size;
+values stay those of the edit.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+RESNET, ATTENTION = "resnet", "attention"
+# FLATTEN's decoder blocks, of the twelve of SD1 and SD2.
+FLATTEN_DECODER = 12
+FLATTEN_BLOCKS = {RESNET: (3, 4, 6), ATTENTION: (4, 5, 6, 7, 8, 9)}
+AUTO, NONE = "auto", "none"
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in the decoder where features are taken and put back.
+
+    kind: RESNET, the output of the ResNet branch before it is added to the skip, [frames, channels, height, width];
+        or ATTENTION, the normalised tokens that go into self-attention, [frames, height*width, channels].
+    block: number of the decoder block. index: of the transformer in it; 0 for a ResNet.
+    """
+
+    kind: str
+    block: int
+    index: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.kind}.{self.block}.{self.index}"
+
+
+def choose_blocks(kind: str, text: str, available: Sequence[int], blocks: int) -> tuple[int, ...]:
+    """The decoder blocks that a text names, such as "3, 4, 6" or "4-9"; "auto" for FLATTEN's; "none" for no block.
+
+    Args:
+        kind: RESNET or ATTENTION.
+        available: the blocks that have such a layer.
+        blocks: of the decoder. FLATTEN's are counted from its end, so that they fall on the same resolutions in
+            decoders that begin elsewhere (SDXL has nine blocks); those the model lacks are left out.
+
+    Raises:
+        ValueError: for a text of another form, or a block that is not available.
+    """
+    text = text.strip().lower()
+    if text in (AUTO, NONE, ""):
+        wanted = (block - FLATTEN_DECODER + blocks for block in FLATTEN_BLOCKS[kind]) if text == AUTO else ()
+        return tuple(block for block in wanted if block in available)
+    chosen: set[int] = set()
+    for part in filter(None, re.split(r"[,\s]+", re.sub(r"\s*-\s*", "-", text))):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if match is None:
+            raise ValueError(f'{kind} blocks: expected numbers ("3, 4, 6", "4-9"), "auto" or "none", got "{text}"')
+        first, last = int(match[1]), int(match[2] or match[1])
+        chosen.update(range(first, last + 1))
+    missing = sorted(chosen.difference(available))
+    if missing or not chosen:
+        raise ValueError(
+            f'this model has {kind} layers in the decoder blocks {", ".join(map(str, available))}; got "{text}"'
+        )
+    return tuple(sorted(chosen))
+
+
+def put_back(into: Tensor, features: Tensor, conds: int) -> Tensor:
+    """The source's features in place of those of every conditioning.
+
+    Args:
+        into: what the edit has there, [conds*frames, ...].
+        features: the source's, [frames, ...].
+
+    Returns:
+        Of the shape, dtype and device of `into`.
+    """
+    if into.shape != (conds * features.shape[0], *features.shape[1:]):
+        raise ValueError(
+            f"features of {list(features.shape)} cannot stand in for {list(into.shape)} of {conds} conditionings"
+        )
+    return features.to(into).repeat(conds, *[1] * (features.ndim - 1))

@@ -1,0 +1,312 @@
+"""Features taken from the decoder while the UNet runs, and put back there while it runs on something else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import comfy.patcher_extension
+import comfy.sampler_helpers
+import comfy.samplers
+import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
+from torch import Tensor
+
+from ...cove.injection import ATTENTION, RESNET, Site, choose_blocks, put_back
+from ...cove.inversion import Inversion
+from .model import block_levels, grid_at, transformers_of, unet_of
+from .sampling import check_hints
+from .told import area_of, latent_size, tell_areas, window_of
+
+KEY = "cove_injection"
+# In transformer_options, for the calls of the UNet within: `Taking` or `Giving`; for a run: `_Source`.
+FEATURES, SOURCE = "cove_features", "cove_source"
+
+WRAPPERS = comfy.patcher_extension.WrappersMP
+
+
+# --- sites ---
+
+
+def sites_of(model, resnet_blocks: str, attention_blocks: str, node: str) -> tuple[Site, ...]:
+    """The sites in MODEL's decoder that the texts name."""
+    decoder = unet_of(model, node).output_blocks
+    transformers = {number: len(transformers_of(block)) for number, block in enumerate(decoder)}
+    available = {
+        RESNET: [number for number, block in enumerate(decoder) if isinstance(block[0], ResBlock)],
+        ATTENTION: [number for number, count in transformers.items() if count],
+    }
+    texts = {RESNET: resnet_blocks, ATTENTION: attention_blocks}
+    try:
+        chosen = {kind: choose_blocks(kind, texts[kind], available[kind], len(decoder)) for kind in texts}
+    except ValueError as error:
+        raise ValueError(f"{node}: {error}") from error
+    resnets = [Site(RESNET, block) for block in chosen[RESNET]]
+    return (*resnets, *(Site(ATTENTION, block, i) for block in chosen[ATTENTION] for i in range(transformers[block])))
+
+
+def bytes_of(model, sites: tuple[Site, ...], size: tuple[int, int], node: str) -> int:
+    """What the features of one frame take at one step, for latents of height and width `size`, in bytes."""
+    unet = unet_of(model, node)
+    levels = block_levels(unet)
+    numbers = 0
+    for site in sites:
+        block = unet.output_blocks[site.block]
+        attention = transformers_of(block)[site.index].attn1.to_q if site.kind == ATTENTION else None
+        channels = attention.in_features if attention is not None else block[0].out_channels
+        numbers += channels * math.prod(grid_at(size, levels["output", site.block]))
+    return numbers * (model.model.manual_cast_dtype or model.model.get_dtype()).itemsize
+
+
+# --- taking and giving ---
+
+
+@dataclass(eq=False)
+class Taking:
+    """Collects what stands at some sites when the UNet runs on the frames of a clip."""
+
+    sites: frozenset[str]
+    node: str
+    features: dict[str, Tensor] = field(default_factory=dict)
+
+    def at(self, site: Site, value: Tensor, options: dict[str, Any]) -> Tensor:
+        if str(site) in self.sites:
+            if len(options["cond_or_uncond"]) != 1 or area_of(options, options["uuids"][0]) is not None:
+                raise ValueError(
+                    f"{self.node}: features can be taken of one source prompt for the whole picture, but "
+                    f"{len(options['cond_or_uncond'])} conditionings or one with an area ran. Use a plain prompt."
+                )
+            self.features[str(site)] = value
+        return value
+
+
+@dataclass(frozen=True, eq=False)
+class Giving:
+    """Puts features of the source in the place of those of every conditioning."""
+
+    features: Mapping[str, Tensor]
+    levels: Mapping[tuple[str, int], int]
+
+    def at(self, site: Site, value: Tensor, options: dict[str, Any]) -> Tensor:
+        features = self.features.get(str(site))
+        if features is None:
+            return value
+        whole = grid_at(latent_size(options), level := self.levels["output", site.block])
+        rows = 1 if site.kind == ATTENTION else 2  # the axis of the height, channels last or first
+        grid = features.unflatten(1, whole) if site.kind == ATTENTION else features
+        chunks = []
+        for chunk, uuid in zip(value.chunk(len(options["uuids"])), options["uuids"], strict=True):
+            area = area_of(options, uuid)
+            part = grid
+            if area is not None:
+                height, width = grid_at(area[:2], level)
+                part = part.narrow(rows, area[2] >> level, height).narrow(rows + 1, area[3] >> level, width)
+            part = part.flatten(1, 2) if site.kind == ATTENTION else part
+            chunks.append(put_back(chunk, part, 1))
+        return torch.cat(chunks)
+
+
+def _self_attention(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]):
+    """An attn1 patch: query and key are projected from what is put back, value is not."""
+    features = options.get(FEATURES)
+    if features is None or options["block"][0] != "output":
+        return query, key, value
+    given = features.at(Site(ATTENTION, options["block"][1], options["block_index"]), query, options)
+    return (query, key, value) if given is query else (given, given, value)
+
+
+def _resnets(executor, x, timesteps=None, context=None, y=None, control=None, transformer_options=None, **kwargs):
+    """Around one call of the UNet: hooks at the end of every ResNet branch of the decoder."""
+    options = transformer_options or {}
+    features = options.get(FEATURES)
+    with ExitStack() as hooks:
+        for number, block in enumerate(executor.class_obj.output_blocks if features is not None else ()):
+            if isinstance(block[0], ResBlock):
+                at = partial(_at_resnet, features, Site(RESNET, number), options)
+                hooks.callback(block[0].out_layers[-1].register_forward_hook(at).remove)
+        return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
+
+
+def _at_resnet(features: Taking | Giving, site: Site, options: dict[str, Any], module, args, output: Tensor) -> Tensor:
+    return features.at(site, output, options)
+
+
+def with_sites(model):
+    """A clone of MODEL that takes or gives features in those calls whose transformer_options say so."""
+    model = model.clone()
+    model.set_model_attn1_patch(_self_attention)
+    model.add_wrapper_with_key(WRAPPERS.DIFFUSION_MODEL, KEY, _resnets)
+    tell_areas(model)
+    return model
+
+
+def options_with(model_options: dict[str, Any], **told) -> dict[str, Any]:
+    """A copy of model_options with more told to the blocks."""
+    return {**model_options, "transformer_options": {**model_options.get("transformer_options", {}), **told}}
+
+
+# --- injection ---
+
+
+@dataclass(frozen=True, eq=False)
+class _Injection:
+    """What Feature Injection was set to. Nothing in it changes in a run."""
+
+    inversion: Inversion
+    conditioning: list | None  # of the source; None when nothing has to be computed again
+    sites: tuple[Site, ...]
+    steps: Mapping[str, int]  # by kind of site
+    levels: Mapping[tuple[str, int], int]
+    node: str
+
+    def __deepcopy__(self, memo: dict) -> _Injection:
+        """Itself: MODEL.clone() copies its options deeply, and features are large."""
+        return self
+
+    def active(self, kind: str, sigma: float, sample_sigmas: Tensor) -> bool:
+        """Whether a call at `sigma` belongs to the first steps of sampling with `sample_sigmas`."""
+        steps = min(self.steps[kind], len(sample_sigmas) - 1)
+        return steps > 0 and sigma >= float(sample_sigmas[steps - 1]) * (1 - 1e-4)
+
+    def stored_for(self, step: int, names: set[str]) -> Mapping[str, Tensor] | None:
+        stored = self.inversion.features.get(step, {})
+        return stored if names <= stored.keys() else None
+
+    def needs_source(self, sample_sigmas: Tensor) -> bool:
+        """Whether some features of this run are not stored."""
+        for sigma in map(float, sample_sigmas[:-1]):
+            names = self.names_at(sigma, sample_sigmas)
+            if names and self.stored_for(self.inversion.step_at(sigma), names) is None:
+                return True
+        return False
+
+    def names_at(self, sigma: float, sample_sigmas: Tensor) -> set[str]:
+        return {str(site) for site in self.sites if self.active(site.kind, sigma, sample_sigmas)}
+
+
+@dataclass(frozen=True, eq=False)
+class _Source:
+    """The source prompt, made ready for one run."""
+
+    conds: list[dict]
+
+
+def inject(
+    model,
+    inversion: Inversion,
+    sites: tuple[Site, ...],
+    resnet_steps: int,
+    attention_steps: int,
+    conditioning,
+    node: str,
+):
+    """A clone of MODEL that puts features of the inverted clip back during the first steps of sampling."""
+    unet = unet_of(model, node)
+    if model.get_wrappers(WRAPPERS.CALC_COND_BATCH, KEY):
+        raise ValueError(f"{node}: expected a model without Feature Injection, got one with it. Take one of them off.")
+    steps = {RESNET: resnet_steps, ATTENTION: attention_steps}
+    injection = _Injection(inversion, conditioning, sites, steps, block_levels(unet), node)
+    model = with_sites(model)
+    if conditioning is not None:
+        conds = {"source": comfy.sampler_helpers.convert_cond(conditioning)}
+        nets, _ = comfy.sampler_helpers.get_additional_models(conds, model.model_dtype())
+        model.set_additional_models(KEY, nets)
+    model.add_wrapper_with_key(WRAPPERS.OUTER_SAMPLE, KEY, partial(_check_run, injection))
+    model.add_wrapper_with_key(WRAPPERS.SAMPLER_SAMPLE, KEY, partial(_with_source, injection))
+    model.add_wrapper_with_key(WRAPPERS.CALC_COND_BATCH, KEY, partial(_run_injected, injection))
+    return model
+
+
+def check_meets(inversion: Inversion, sigmas: list[float], node: str) -> None:
+    """An error that names both grids when the inversion was not at some of these sigmas."""
+    missed = [sigma for sigma in sigmas if inversion.step_at(sigma) is None]
+    if missed:
+        raise ValueError(
+            f"{node}: features are put back at sigmas that the inversion went through, but of the {len(sigmas)} wanted "
+            f"it missed {len(missed)}. Inversion: {_spell(inversion.sigmas[1:].flip(0).tolist())}. Sampling: "
+            f"{_spell(sigmas)}. Set `sampling_steps` of DDIM Inversion to the sampler's steps, its `steps` to a "
+            f"multiple of them, and use the same checkpoint for both."
+        )
+
+
+def _spell(sigmas: list[float]) -> str:
+    texts = [f"{sigma:.4g}" for sigma in sigmas]
+    return f"{len(texts)} steps, sigma {', '.join(texts if len(texts) < 7 else [*texts[:3], '...', *texts[-2:]])}"
+
+
+def _check_run(injection: _Injection, executor, noise: Tensor, latent_image, sampler, sigmas: Tensor, *args, **kwargs):
+    """Before a run: are these the clip and the grid of the inversion?"""
+    inversion, node = injection.inversion, injection.node
+    if noise.shape != inversion.clip.shape:
+        raise ValueError(
+            f"{node}: the inversion is of latents {list(inversion.clip.shape)}, but {list(noise.shape)} are sampled. "
+            f"Give the sampler the noise of the same inversion."
+        )
+    wanted = [sigma for sigma in map(float, sigmas[:-1]) if injection.names_at(sigma, sigmas)]
+    check_meets(inversion, wanted, node)
+    if injection.needs_source(sigmas):
+        if injection.conditioning is None:
+            raise ValueError(
+                f"{node}: the features at these sites and steps are not stored, and this inversion's source prompt "
+                f"cannot be: connect the conditioning that DDIM Inversion had."
+            )
+        options = executor.class_obj.model_options
+        check_hints([extras for _, extras in injection.conditioning], len(noise), options, node)
+    return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+
+
+def _with_source(injection: _Injection, executor, guider, sigmas, extra_args, callback, noise, *args, **kwargs):
+    """Around a run: the source prompt made ready as the host makes ready those of the guider."""
+    if not injection.needs_source(sigmas):
+        return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
+    conds = {"positive": comfy.sampler_helpers.convert_cond(injection.conditioning)}
+    try:
+        comfy.samplers.process_conds(guider.inner_model, noise, conds, noise.device, seed=extra_args.get("seed"))
+        source = _Source(conds["positive"])
+        extra_args = {**extra_args, "model_options": options_with(extra_args["model_options"], **{SOURCE: source})}
+        return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
+    finally:
+        comfy.sampler_helpers.cleanup_models(conds, [])
+
+
+def _run_injected(injection: _Injection, executor, model, conds, x_in: Tensor, timestep: Tensor, model_options):
+    """Around one evaluation of all conditionings: the features of the source at this sigma, stored or computed."""
+    options = model_options.get("transformer_options", {})
+    sigma = float(timestep[0])
+    names = injection.names_at(sigma, options["sample_sigmas"])
+    if not names:
+        return executor(model, conds, x_in, timestep, model_options)
+    inversion = injection.inversion
+    step = inversion.step_at(sigma)
+    if step is None:
+        check_meets(inversion, [sigma], injection.node)  # a sampler that looks between the steps of its grid
+    window = window_of(options)
+    frames = slice(None) if window is None else window
+    features = injection.stored_for(step, names)
+    if features is None:
+        taking = Taking(frozenset(names), injection.node)
+        guess = inversion.guesses[step][frames].to(x_in)
+        executor(model, [options[SOURCE].conds], guess, timestep, options_with(model_options, **{FEATURES: taking}))
+        features = taking.features
+    else:
+        features = {name: features[name][frames] for name in names}
+    giving = Giving(features, injection.levels)
+    return executor(model, conds, x_in, timestep, options_with(model_options, **{FEATURES: giving}))
+
+
+# --- taking during an inversion ---
+
+
+@contextmanager
+def taking_features(model_options: dict[str, Any], sites: tuple[Site, ...], node: str) -> Iterator[Taking]:
+    """While the block runs, calls with these model_options take features; each call replaces what the last took."""
+    taking = Taking(frozenset(map(str, sites)), node)
+    model_options["transformer_options"][FEATURES] = taking
+    try:
+        yield taking
+    finally:
+        del model_options["transformer_options"][FEATURES]

@@ -1,0 +1,292 @@
+"""An inversion as the host runs it: what is kept of it, where, and how it is taken up again after a break."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import folder_paths
+import torch
+from comfy.controlnet import ControlBase
+from torch import Tensor
+
+from ...cove import __version__, ddim
+from ...cove.fingerprint import fingerprint
+from ...cove.injection import Site
+from ...cove.inversion import Inversion, UnfinishedInversion, on_disk
+from . import injection, sampling
+from .sampling import GRID_KEY, preview, run
+
+RECOMPUTE, MEMORY, DISK = "recompute", "memory", "disk"
+STORAGES = (RECOMPUTE, MEMORY, DISK)
+# Things whose content is not known count as themselves, and only while this process runs.
+PROCESS = uuid.uuid4().hex
+
+
+# --- recognising models, prompts and what else decides an inversion ---
+
+
+def model_fingerprint(model) -> str:
+    """Of the UNet's shape and a sample of its weights as they were loaded, whatever LoRA is on it now."""
+    weights = dict(model.model.diffusion_model.named_parameters())
+    shapes = {name: list(weight.shape) for name, weight in weights.items()}
+    sample = {}
+    for name in sorted(weights)[:: max(1, len(weights) // 64)]:
+        backup = model.backup.get(f"diffusion_model.{name}")
+        weight = weights[name] if backup is None else backup.weight
+        sample[name] = weight.detach().flatten()[:256].to("cpu", torch.float16)
+    return fingerprint(model.model.model_type.name, shapes, sample)
+
+
+def _run_fingerprint(model, conditioning, samples: Tensor, sigmas: Tensor, refinements: int) -> str:
+    """Of everything that decides the latents of an inversion."""
+    options = model.model_options
+    patches = {**options.get("transformer_options", {}), "wrappers": None, "callbacks": None}
+    wrappers = {
+        kind: {key: made for key, made in some.items() if not str(key).startswith("cove")}
+        for kind, some in model.wrappers.items()
+    }
+    others = {name: value for name, value in options.items() if name != "transformer_options"}
+    lora = str(model.patches_uuid) if model.patches else ""
+    return fingerprint(
+        *(model_fingerprint(model), lora, patches, others, wrappers, dict(model.object_patches)),
+        *(
+            str(model.model.get_dtype()),
+            str(model.load_device),
+            conditioning,
+            samples,
+            sigmas,
+            refinements,
+            __version__,
+        ),
+        known=_content,
+    )
+
+
+def _content(thing: Any) -> Any:
+    """What stands for a thing of the host's: its content where that is known, else itself in this process."""
+    if isinstance(thing, ControlBase):
+        net = getattr(thing, "control_model", None)
+        weights = [weight.detach().flatten()[:256].cpu() for weight in net.parameters()][::16] if net else None
+        hint = getattr(thing, "cond_hint_original", None)
+        settings = (thing.strength, thing.timestep_percent_range, thing.global_average_pooling)
+        if weights is not None:
+            return type(thing).__qualname__, settings, hint, weights, thing.previous_controlnet
+    return PROCESS, id(thing)
+
+
+def source_prompt(conditioning) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """A CONDITIONING as tensors and plain values; None when it holds more: several entries, areas, a ControlNet."""
+    if len(conditioning) != 1:
+        return None
+    text, extras = conditioning[0]
+    extras = {name: value for name, value in extras.items() if value is not None}
+    tensors = {"cond": text} | {name: value for name, value in extras.items() if isinstance(value, Tensor)}
+    values = {name: value for name, value in extras.items() if not isinstance(value, Tensor)}
+    limited = {"area", "mask", "start_percent", "end_percent"} & extras.keys()
+    if limited or not all(isinstance(value, bool | int | float | str) for value in values.values()):
+        return None
+    return tensors, values
+
+
+def conditioning_of(inversion: Inversion) -> list | None:
+    """The source prompt that an inversion holds, as a CONDITIONING; None when it holds none."""
+    if "cond" not in inversion.conditioning:
+        return None
+    extras = {name: tensor for name, tensor in inversion.conditioning.items() if name != "cond"}
+    return [[inversion.conditioning["cond"], {**extras, **inversion.about["prompt"]}]]
+
+
+def check_fits(inversion: Inversion, model, node: str, latent: Mapping[str, Any] | None = None) -> None:
+    """An error when an inversion was made with another model, or of another clip than the one given."""
+    sampling.check_channels(model, inversion.clip, node)
+    if inversion.about.get("model") != model_fingerprint(model):
+        raise ValueError(
+            f"{node}: this inversion was made with another checkpoint than the one connected. Load the checkpoint it "
+            f"was made with, or invert the clip again."
+        )
+    if latent is None:
+        return
+    clip = model.model.process_latent_in(latent["samples"].float())
+    if clip.shape != inversion.clip.shape:
+        raise ValueError(
+            f"{node}: this inversion is of latents {list(inversion.clip.shape)}, but the clip connected has "
+            f"{list(clip.shape)}. Load the same frames at the same size."
+        )
+    # An autoencoder in half precision does not give the same twice on every machine.
+    changed = (clip - inversion.clip).flatten(1).norm(dim=1) > 0.05 * inversion.clip.flatten(1).norm(dim=1)
+    if changed.any():
+        raise ValueError(
+            f"{node}: this inversion is of another clip: frames {changed.nonzero().flatten().tolist()[:8]} differ. "
+            f"Load the same frames, or invert the clip again."
+        )
+
+
+# --- storing features ---
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Which features an inversion keeps, and where."""
+
+    kind: str  # of STORAGES
+    sites: tuple[Site, ...] = ()
+    steps: tuple[int, ...] = ()  # of the inversion, counted from 0
+
+    def keep(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The features where they stay."""
+        if self.kind == DISK:
+            Path(folder_paths.get_temp_directory()).mkdir(parents=True, exist_ok=True)
+            return on_disk(features, folder_paths.get_temp_directory())
+        return {name: tensor.to("cpu", copy=True) for name, tensor in features.items()}
+
+
+def plan_storage(
+    model, kind: str, sites: tuple[Site, ...], sigmas: Tensor, kept_sigmas: Tensor, shape: torch.Size, node: str
+) -> tuple[Storage, str]:
+    """Where features go, and a line that says how large they are; an error when they do not fit.
+
+    Args:
+        sigmas: the inversion's, ascending from 0.
+        kept_sigmas: those at which features are kept, all among `sigmas`.
+        shape: of the latents.
+    """
+    frames, _, height, width = shape
+    one = frames * injection.bytes_of(model, sites, (height, width), node)
+    count = len(kept_sigmas)
+    size = f"{_spell(one * count)} ({count} steps x {frames} frames x {_spell(one // frames)})"
+    if kind == RECOMPUTE:
+        latents = _spell(4 * math.prod(shape) * len(sigmas))
+        return Storage(kind), f"storage: {latents} of latents; features are computed again ({size} if stored)"
+    if not sites or not count:
+        raise ValueError(f"{node}: nothing to store: no blocks were named, or no steps. Set `storage` to {RECOMPUTE}.")
+    if model.model_options.get("context_handler") is not None:
+        raise ValueError(
+            f"{node}: features cannot be stored with context windows, where a frame is seen several times. Set "
+            f"`storage` to {RECOMPUTE}."
+        )
+    if kind == MEMORY:
+        free, place = comfy.model_management.get_free_memory(torch.device("cpu")), "of memory"
+    else:
+        folder = Path(folder_paths.get_temp_directory())
+        free, place = (
+            shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free,
+            "on disk",
+        )
+    if one * count > free:
+        other = f"{DISK}, " if kind == MEMORY else ""
+        raise ValueError(
+            f"{node}: the features take {size}, but {_spell(free)} {place} are free. Set `storage` to {other}"
+            f"{RECOMPUTE}, or take fewer `feature_steps`, blocks or frames."
+        )
+    steps = tuple(int((sigmas[1:] - sigma).abs().argmin()) for sigma in kept_sigmas)
+    return Storage(kind, sites, steps), f"storage: {size} {place}, {_spell(free)} are free"
+
+
+def _spell(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+# --- the run ---
+
+
+def invert(
+    model,
+    conditioning,
+    latent: dict[str, Any],
+    sigmas: Tensor,
+    refinements: int,
+    storage: Storage,
+    *,
+    node: str,
+    tell: Callable[[str], None],
+) -> tuple[dict[str, Any], Inversion]:
+    """The noise as a LATENT, and the inversion. Goes on where the same inversion was broken off before.
+
+    `tell` shows a line to the user.
+    """
+    unfinished = UnfinishedInversion(
+        Path(folder_paths.get_user_directory()) / "cove" / "unfinished",
+        _run_fingerprint(model, conditioning, latent["samples"], sigmas, refinements),
+    )
+    steps = unfinished.steps()
+    if steps:
+        tell(f"going on after step {len(steps)} of {len(sigmas) - 1}, where this inversion was broken off")
+    recorder = _Recorder(storage, refinements, unfinished, steps, node)
+    patched = injection.with_sites(model) if storage.sites else model
+    noise = run(patched, recorder, latent, sigmas, conditioning, node=node, callback=preview(model, len(sigmas) - 1))
+    tensors, values = source_prompt(conditioning) or ({}, None)
+    about = {"model": model_fingerprint(model), "pack": __version__, "refinements": refinements, "prompt": values}
+    inversion = Inversion(
+        clip=recorder.clip,
+        noise=recorder.noise,
+        sigmas=sigmas,
+        guesses=torch.stack([step["guess"] for step in recorder.steps]),
+        residuals=torch.stack([step["residual"] for step in recorder.steps]),
+        grew=torch.stack([step["grew"] for step in recorder.steps]),
+        conditioning=tensors,
+        about=about,
+        features=recorder.features,
+    )
+    unfinished.discard()
+    return noise | {GRID_KEY: sigmas}, inversion
+
+
+@dataclass(eq=False)
+class _Recorder:
+    """`cove.ddim.invert` as a sampler function of one run, which keeps what the run leaves behind."""
+
+    storage: Storage
+    refinements: int
+    unfinished: UnfinishedInversion
+    steps: list[dict[str, Tensor]]  # finished ones
+    node: str
+    features: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+
+    def __call__(self, denoise, x: Tensor, sigmas: Tensor, extra_args: dict[str, Any], callback, disable) -> Tensor:
+        self.clip = x.cpu()
+        with injection.taking_features(extra_args["model_options"], self.storage.sites, self.node) as taking:
+            asked = None
+
+            def model(guess: Tensor, sigma: Tensor, **arguments) -> Tensor:
+                nonlocal asked
+                asked = guess
+                return denoise(guess, sigma, **arguments)
+
+            def keep_features(i: int, guess: Tensor) -> None:
+                if i not in self.storage.steps:
+                    return
+                if asked is None or not torch.equal(asked, guess):
+                    model(guess, sigmas[i + 1].expand(len(guess)), **extra_args)
+                self.features[i] = self.storage.keep(taking.features)
+
+            def after_step(found: dict[str, Any]) -> None:
+                keep_features(found["i"], found["guess"])
+                numbers = {name: torch.tensor(found[name], dtype=dtype) for name, dtype in _NUMBERS.items()}
+                self.steps.append({"x": found["x"].cpu(), "guess": found["guess"].cpu()} | numbers)
+                try:
+                    self.unfinished.add(found["i"], self.steps[-1])
+                except OSError as error:
+                    logging.warning("%s: this step could not be kept for going on after a break: %s", self.node, error)
+                callback(found)
+
+            # Features of steps finished before a break went with it; the guesses say where to take them again.
+            for i, step in enumerate(self.steps):
+                keep_features(i, step["guess"].to(x))
+                comfy.model_management.throw_exception_if_processing_interrupted()
+            done = len(self.steps)
+            start = self.steps[-1]["x"].to(x) if done else x
+            options = {"extra_args": extra_args, "callback": after_step, "done": done}
+            noise = ddim.invert(model, start, sigmas, self.refinements, **options)
+        self.noise = noise.cpu()
+        return noise
+
+
+_NUMBERS = {"residual": torch.float64, "grew": torch.bool}

@@ -1,0 +1,96 @@
+"""Save Inversion and Load Inversion: no clip has to be inverted twice."""
+
+from __future__ import annotations
+
+from comfy_api.v0_0_2 import io
+
+from ..cove.inversion import Inversion
+from . import _host
+
+ENDING = ".inversion.safetensors"
+
+
+class SaveInversion(io.ComfyNode):
+    """Latents of every step, sigmas, prompt, fingerprint of the model, and the features if they were stored."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CoveSaveInversion",
+            display_name="Save Inversion",
+            category="COVE",
+            description="Saves an inversion to ComfyUI's output folder, so that the clip need not be inverted again.",
+            inputs=[
+                _host.InversionType.Input("inversion", tooltip="Out of DDIM Inversion."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="cove/clip",
+                    tooltip="Folder and beginning of the name in the output folder; a number is added.",
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, inversion, filename_prefix) -> io.NodeOutput:
+        path = _host.place_to_save(filename_prefix, ENDING, "Save Inversion")
+        _host.check_space(path.parent, inversion.bytes, "Save Inversion")
+        inversion.save(path)
+        _host.say(cls, f"saved as {path.name}, {path.stat().st_size / 2**20:.1f} MiB")
+        return io.NodeOutput()
+
+
+class LoadInversion(io.ComfyNode):
+    """What Save Inversion wrote, if it fits the model and the clip."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CoveLoadInversion",
+            display_name="Load Inversion",
+            category="COVE",
+            description="Loads what Save Inversion wrote, in place of DDIM Inversion.",
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=_host.saved_files(ENDING),
+                    tooltip="An inversion in ComfyUI's output or input folder, newest first.",
+                ),
+                io.Model.Input("model", tooltip="Of the checkpoint that the clip was inverted with."),
+                io.Latent.Input(
+                    "latent",
+                    optional=True,
+                    tooltip="The clip's frames out of VAE Encode. If given, it is checked that they were inverted.",
+                ),
+            ],
+            outputs=[
+                io.Latent.Output(display_name="noise"),
+                _host.InversionType.Output(display_name="inversion"),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file=None) -> bool | str:
+        return _host.is_there(file, "Load Inversion")
+
+    @classmethod
+    def fingerprint_inputs(cls, file=None, **others) -> str:
+        return _host.state_of(file)
+
+    @classmethod
+    def execute(cls, file, model, latent=None) -> io.NodeOutput:
+        node = "Load Inversion"
+        _host.unet_of(model, node)
+        try:
+            inversion = Inversion.load(_host.path_of(file))
+        except ValueError as error:
+            raise ValueError(f"{node}: {error}") from error
+        _host.check_fits(inversion, model, node, latent)
+        noise = model.model.process_latent_out(inversion.noise)
+        _host.say(cls, f"{inversion.frames} frames, {len(inversion.sigmas) - 1} steps; {inversion.quality()}")
+        return io.NodeOutput({"samples": noise, _host.GRID_KEY: inversion.sigmas}, inversion)
+
+
+NODES = [SaveInversion, LoadInversion]
