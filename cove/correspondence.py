@@ -187,7 +187,7 @@ def find_correspondence(
     return Correspondence(forward, backward, height, width, window)
 
 
-ROWS_BYTES = 8 << 20
+ROWS_BYTES = 4 << 20
 
 
 def _match(source: Tensor, target: Tensor, window: int, k: int) -> Tensor:

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 TRAIN_TIMESTEPS = 1000
+MOST_STEPS = TRAIN_TIMESTEPS - 1  # grids begin at timestep 1, and the last timestep is 999
 
 
 def sampling_timesteps(steps: int) -> list[int]:
     """Timesteps 1, 1 + d, 1 + 2d, ... with d = floor(1000 / steps), ascending: for 50 steps 1, 21, ..., 981."""
-    if not 1 <= steps <= TRAIN_TIMESTEPS:
-        raise ValueError(f"steps must be from 1 to {TRAIN_TIMESTEPS}, got {steps}")
+    if not 1 <= steps <= MOST_STEPS:
+        raise ValueError(f"steps must be from 1 to {MOST_STEPS}, got {steps}")
     return [1 + i * (TRAIN_TIMESTEPS // steps) for i in range(steps)]
 
 
@@ -33,7 +34,7 @@ def inversion_timesteps(steps: int, sampling_steps: int) -> list[int]:
     start = sampling_timesteps(sampling_steps)[-1]
     grid = sampling_timesteps(steps)
     if start not in grid:
-        reaching = [n for n in range(1, TRAIN_TIMESTEPS + 1) if start in sampling_timesteps(n)]
+        reaching = [n for n in range(1, MOST_STEPS + 1) if start in sampling_timesteps(n)]
         nearest = sorted(sorted(reaching, key=lambda n: abs(n - steps))[:3])
         raise ValueError(
             f"{steps} inversion steps (timesteps {_spell(grid)}) never reach timestep {start}, where {sampling_steps} "
@@ -129,17 +130,17 @@ def invert(
     for i in range(done, len(sigmas) - 1):
         refine = partial(_refine, model, x, sigmas, i, extra_args)
         guess = x * ((1 + sigmas[i + 1] ** 2) / (1 + sigmas[i] ** 2)).sqrt()
-        inverted, denoised, change = refine(guess)
-        residual, grew = math.nan, False
+        inverted, denoised, miss = refine(guess)
+        grew = False
         for _ in range(refinements):
-            refined, denoised_there, change_there = refine(inverted)
-            residual = min(change, change_there)
-            grew = change_there > change
+            refined, denoised_there, miss_there = refine(inverted)
+            grew = miss_there > miss
             if grew:
                 inverted = guess
                 break
-            guess, inverted, denoised, change = inverted, refined, denoised_there, change_there
+            guess, inverted, denoised, miss = inverted, refined, denoised_there, miss_there
         x = inverted
+        residual = miss / (float(x.norm()) or 1.0) if refinements else math.nan
         if callback is not None:
             found = {"guess": guess, "residual": residual, "grew": grew}
             callback({"x": x, "i": i, "sigma": sigmas[i + 1], "denoised": denoised, **found})
@@ -149,12 +150,12 @@ def invert(
 def _refine(
     model: Callable[..., Tensor], x: Tensor, sigmas: Tensor, i: int, extra_args: dict[str, Any], guess: Tensor
 ) -> tuple[Tensor, Tensor, float]:
-    """From x at sigmas[i] to sigmas[i + 1] by the model's answer at `guess`; that answer; how far that is from it."""
+    """What x at sigmas[i] becomes by the model's answer at `guess`; that answer; how far the guess is from it."""
     sigma, sigma_next = sigmas[i], sigmas[i + 1]
     denoised = model(guess, sigma_next.expand(len(x)), **extra_args)
     refined = step(x, (guess - denoised) / sigma_next, sigma, sigma_next)
     _check_finite(refined, "inversion", i, len(sigmas) - 1, sigma_next)
-    return refined, denoised, float((refined - guess).norm() / refined.norm())
+    return refined, denoised, float((refined - guess).norm())
 
 
 def _check_finite(x: Tensor, what: str, i: int, steps: int, sigma: Tensor) -> None:

@@ -60,7 +60,9 @@ def choose_blocks(kind: str, text: str, available: Sequence[int], blocks: int) -
         if match is None:
             raise ValueError(f'{kind} blocks: expected numbers ("3, 4, 6", "4-9"), "auto" or "none", got "{text}"')
         first, last = int(match[1]), int(match[2] or match[1])
-        chosen.update(range(first, last + 1))
+        if last < first:
+            raise ValueError(f'{kind} blocks: the range {part} ends before it begins, got "{text}"')
+        chosen.update(range(first, min(last, max(first, blocks)) + 1))
     missing = sorted(chosen.difference(available))
     if missing or not chosen:
         raise ValueError(

@@ -73,9 +73,7 @@ class Inversion:
 
     def step_at(self, sigma: float) -> int | None:
         """The step that ended at `sigma`; None when there is none."""
-        distance = (self.sigmas[1:] - sigma).abs()
-        nearest = int(distance.argmin())
-        return nearest if distance[nearest] <= SIGMA_TOLERANCE * sigma else None
+        return step_at(self.sigmas, sigma)
 
     @property
     def diverged(self) -> list[int]:
@@ -113,19 +111,27 @@ class Inversion:
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise ValueError(f"{path} holds no COVE inversion (expected format {FORMAT})")
-                for name in file.keys():  # noqa: SIM118  (not a mapping)
-                    kind, _, rest = name.partition(".")
-                    if kind == "conditioning":
-                        conditioning[rest] = file.get_tensor(name)
-                    elif kind == "features":
-                        step, _, site = rest.partition(".")
-                        features.setdefault(int(step), {})[site] = file.get_tensor(name)
-                tensors = {name: file.get_tensor(name) for name in _TENSORS}
-                return cls(**tensors, conditioning=conditioning, about=json.loads(metadata["about"]), features=features)
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+                if metadata.get("format") == FORMAT:
+                    for name in file.keys():  # noqa: SIM118  (not a mapping)
+                        kind, _, rest = name.partition(".")
+                        if kind == "conditioning":
+                            conditioning[rest] = file.get_tensor(name)
+                        elif kind == "features":
+                            step, _, site = rest.partition(".")
+                            features.setdefault(int(step), {})[site] = file.get_tensor(name)
+                    tensors = {name: file.get_tensor(name) for name in _TENSORS}
+                    about = json.loads(metadata["about"])
+                    return cls(**tensors, conditioning=conditioning, about=about, features=features)
+        except (SafetensorError, KeyError, ValueError) as error:
             raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
+        raise ValueError(f"{path} holds no COVE inversion (expected format {FORMAT})")
+
+
+def step_at(sigmas: Tensor, sigma: float) -> int | None:
+    """The step of an inversion through `sigmas`, [steps + 1], that ends at `sigma`; None when there is none."""
+    distance = (sigmas[1:] - sigma).abs()
+    nearest = int(distance.argmin())
+    return nearest if distance[nearest] <= SIGMA_TOLERANCE * sigma else None
 
 
 _TENSORS = [entry.name for entry in fields(Inversion) if entry.type == "Tensor"]
@@ -167,8 +173,10 @@ class UnfinishedInversion:
         if step == 0:
             self._forget_others()
         self.folder.mkdir(parents=True, exist_ok=True)
+        # Copies, because two of them may be one: where refining makes the residual grow, x is the guess.
+        copies = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
         with whole_file(self._path(step)) as temporary:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+            save_file(copies, temporary)
 
     def discard(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -177,6 +185,6 @@ class UnfinishedInversion:
         return self.folder / f"{step:04}.safetensors"
 
     def _forget_others(self) -> None:
-        others = [path for path in self.folder.parent.glob("*/") if path != self.folder]
+        others = [path for path in self.folder.parent.glob("*") if path.is_dir() and path != self.folder]
         for path in sorted(others, key=lambda path: path.stat().st_mtime)[: -(self.KEPT - 1)]:
             shutil.rmtree(path, ignore_errors=True)

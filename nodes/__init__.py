@@ -9,9 +9,7 @@ FILES = (frames, features, correspondence, draw, attention, ddim, inversion, inj
 
 class CoveExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [
-            node for file in (frames, features, correspondence, draw, attention, ddim, injection) for node in file.NODES
-        ]
+        return [node for file in FILES for node in file.NODES]
 
 
 async def comfy_entrypoint() -> CoveExtension:

@@ -34,7 +34,7 @@ class DDIMInversion(io.ComfyNode):
                     "steps",
                     default=100,
                     min=1,
-                    max=1000,
+                    max=999,
                     tooltip="More steps invert more exactly and take more time. A multiple of sampling_steps. The "
                     "paper uses 100; half as many with one refinement cost the same and lose less.",
                 ),
@@ -42,7 +42,7 @@ class DDIMInversion(io.ComfyNode):
                     "sampling_steps",
                     default=50,
                     min=1,
-                    max=1000,
+                    max=999,
                     tooltip="The same number as in DDIM Sampler: inversion ends where sampling begins.",
                 ),
                 io.Int.Input(
@@ -101,6 +101,7 @@ class DDIMInversion(io.ComfyNode):
         except ValueError as error:
             raise ValueError(f"{node}: {error}") from error
         sigmas = torch.cat((torch.zeros(1), _host.sigmas_at(model, timesteps)))
+        _host.check_channels(model, latent["samples"], node)
         _host.check_unmasked(latent, node)
         _host.check_conditioning(conditioning, latent, model, node)
         sites = _host.sites_of(model, resnet_blocks, attention_blocks, node)
@@ -109,7 +110,7 @@ class DDIMInversion(io.ComfyNode):
         tell = partial(_host.say, cls)
         tell(size)
         noise, inversion = _host.invert(model, conditioning, latent, sigmas, refinements, plan, node=node, tell=tell)
-        tell(f"{size}; {inversion.quality()}")
+        tell(f"{inversion.quality()}; {size}")
         return io.NodeOutput(noise, inversion)
 
 
@@ -128,7 +129,7 @@ class DDIMSampler(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip="The edit prompt: what the clip shall show."),
                 io.Conditioning.Input("negative", tooltip="What it shall not show. Not used at cfg 1."),
                 io.Latent.Input("noise", tooltip="Out of DDIM Inversion."),
-                io.Int.Input("steps", default=50, min=1, max=1000, tooltip=STEPS_TOOLTIP),
+                io.Int.Input("steps", default=50, min=1, max=999, tooltip=STEPS_TOOLTIP),
                 io.Float.Input(
                     "cfg",
                     default=7.5,
@@ -167,7 +168,7 @@ class DDIMSamplerSelect(io.ComfyNode):
             "that node Disable Noise and the noise out of DDIM Inversion.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that the guider has."),
-                io.Int.Input("steps", default=50, min=1, max=1000, tooltip=STEPS_TOOLTIP),
+                io.Int.Input("steps", default=50, min=1, max=999, tooltip=STEPS_TOOLTIP),
                 io.Latent.Input(
                     "noise",
                     optional=True,

@@ -62,9 +62,10 @@ class ReconstructionCheck(io.ComfyNode):
         text = metrics.verdict(float(back[worst]), *about, vae=vae)
         if inversion is not None:
             text += f" ({inversion.quality()})"
-        _host.say(cls, f"{text} Lowest PSNR {back[worst]:.1f} dB, frame {worst}.")
+        report = f"{text} Lowest PSNR {back[worst]:.1f} dB, frame {worst}.\n\n{_table(clips)}"
+        _host.say(cls, report)
         sheet = torch.cat(list(clips.values()), dim=2)
-        return io.NodeOutput(sheet, f"{text}\n\n{_table(clips)}", ui=ui.PreviewImage(sheet, cls=cls))
+        return io.NodeOutput(sheet, report, ui=ui.PreviewImage(sheet, cls=cls))
 
 
 def _table(clips: dict[str, torch.Tensor]) -> str:

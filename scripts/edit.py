@@ -23,6 +23,7 @@ if __name__ == "__main__":
 
 from scripts.host import PACK, PromptFailed, Server, lay_out, provide_host
 
+STEPS = {"steps", "sampling_steps", "feature_steps", "resnet_steps", "attention_steps"}  # they go together
 WORKFLOW = PACK / "workflows" / "api" / "1_edit_a_clip.json"
 BASE = PACK / ".edit"
 TRIAL = {"steps": 10, "frames": 6, "size": (256, 160)}  # where a random model makes more a waste
@@ -138,15 +139,10 @@ def fill_in(prompt: dict, clip: str, checkpoint: str, arguments: argparse.Namesp
         elif title == "Source prompt" and arguments.source_prompt is not None:
             inputs["text"] = arguments.source_prompt
     if arguments.steps:
-        stepping = [
-            (node["inputs"], name)
-            for node in prompt.values()
-            for name in ("steps", "sampling_steps")
-            if name in node["inputs"]
-        ]
-        fewest = min(inputs[name] for inputs, name in stepping)
-        for inputs, name in stepping:
-            inputs[name] = round(inputs[name] / fewest * arguments.steps)
+        full = min(node["inputs"]["steps"] for node in prompt.values() if "steps" in node["inputs"])
+        for node in prompt.values():
+            for name in STEPS & node["inputs"].keys():
+                node["inputs"][name] = round(node["inputs"][name] / full * arguments.steps)
     return prompt
 
 

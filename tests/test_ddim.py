@@ -47,6 +47,11 @@ def test_refinements_bring_the_input_back(refinements, percent):
     assert percent / 1.5 < error < percent * 1.5
 
 
+@pytest.mark.parametrize(("refinements", "bound"), [(1, 0.002), (4, 1e-5)])
+def test_fifty_refined_steps_keep_what_is_promised(refinements, bound):
+    assert round_trip_error(50, refinements) < bound
+
+
 @pytest.mark.parametrize("refinements", [0, 1, 2])
 def test_more_steps_bring_the_input_back(refinements):
     errors = [round_trip_error(steps, refinements) for steps in (25, 50, 100, 200)]
@@ -124,13 +129,13 @@ def test_one_step_runs_both_ways():
 
 def test_grids():
     assert sampling_timesteps(50) == list(range(1, 982, 20))
-    assert sampling_timesteps(1) == [1] and sampling_timesteps(1000) == list(range(1, 1001))
+    assert sampling_timesteps(1) == [1] and sampling_timesteps(999) == list(range(1, 1000))
     assert sampling_timesteps(7) == [1 + 142 * i for i in range(7)]
     assert inversion_timesteps(100, 50) == list(range(1, 982, 10))
     assert inversion_timesteps(50, 50) == sampling_timesteps(50)
     assert set(sampling_timesteps(50)) < set(inversion_timesteps(100, 50))
-    for steps in (0, 1001):
-        with pytest.raises(ValueError, match=f"from 1 to 1000, got {steps}"):
+    for steps in (0, 1000):
+        with pytest.raises(ValueError, match=f"from 1 to 999, got {steps}"):
             sampling_timesteps(steps)
 
 
@@ -214,3 +219,108 @@ def test_what_the_model_and_the_callback_of_sample_get():
     for t in told:
         assert torch.equal(t["denoised"], gaussian(t["x"], t["sigma"].expand(3)))
     assert_close(found, told[-1]["denoised"])  # the last step goes to sigma 0
+
+
+# --- where refining diverges ---
+
+# The third step is a gap. Refining iterates a map of slope (sigma_b - sigma_a) * SLOPES there: 0.45 where the first
+# guess is far off, 1.5 where it is near. So the residual falls at first, then grows. Slopes of other steps: up to 0.5.
+GAP = torch.tensor([0, 0.1, 0.2, 0.5, 0.55, 0.6], dtype=torch.float64)
+GAP_STEP, BEST_GUESS = 2, 3
+SLOPES = torch.tensor([1.5] * 7 + [5] * 4, dtype=torch.float64)
+REST = torch.tensor([1] * 7 + [0.02] * 4) * randn(3, 7, 11, dtype=torch.float64)
+START = 1.01 * REST
+
+
+def steep(x, sigma):
+    return x - sigma.view(-1, 1, 1) * SLOPES * (x - REST)
+
+
+def run_inversion(model, x, sigmas, refinements, done=0):
+    """What the callback is told; the result is x of the last."""
+    told = []
+    found = invert(model, x, sigmas, refinements, None, told.append, done=done)
+    assert torch.equal(found, told[-1]["x"] if told else x)
+    return told
+
+
+def iterates(model, x, sigma, sigma_next, count):
+    """Of the fixed-point iteration in a plain loop: each guess, the next, and how far the next is, of its norm."""
+    guess = x * ((1 + sigma_next**2) / (1 + sigma**2)).sqrt()
+    for _ in range(count):
+        direction = (guess - model(guess, sigma_next.expand(len(x)))) / sigma_next
+        refined = x + (sigma_next - sigma) * direction
+        yield guess, refined, float((refined - guess).norm() / refined.norm())
+        guess = refined
+
+
+@pytest.mark.parametrize("refinements", [1, 2, 3, 4, 7, 13])
+def test_where_refining_diverges_the_best_guess_stays(refinements):
+    told = run_inversion(steep, START, GAP, refinements)
+    grew = []
+    for i, (before, t) in enumerate(zip([{"x": START}, *told[:-1]], told, strict=True)):
+        loop = iterates(steep, before["x"], GAP[i], GAP[i + 1], refinements + 1)
+        guesses, following, residuals = zip(*loop, strict=True)
+        best = residuals.index(min(residuals))
+        # It falls to the best and grows from there on, so that the first growth shows the best.
+        assert all((a > b) == (n < best) for n, (a, b) in enumerate(pairwise(residuals)))
+        grew.append(best < refinements)
+        assert t["grew"] == grew[i]
+        assert_close(t["x"], guesses[best] if grew[i] else following[best])
+        assert_close(t["guess"], guesses[best])
+        assert_close(t["denoised"], steep(guesses[best], GAP[i + 1].expand(3)))
+        assert_close(t["residual"], residuals[best], rtol=0.01, atol=0)  # a share of x or of what follows, 0.6 % apart
+    # At the gap only, if refining goes so far; and the steps after it go on as ever.
+    assert grew == [i == GAP_STEP and refinements > BEST_GUESS for i in range(5)]
+    assert torch.isfinite(told[-1]["x"]).all()
+
+
+@pytest.mark.parametrize("refinements", [0, 1, 2, 7, 13])
+def test_refining_ends_where_the_residual_grows(refinements):
+    asked = []
+    run_inversion(lambda x, sigma: asked.append(float(sigma[0])) or steep(x, sigma), START, GAP, refinements)
+    counts = [asked.count(float(sigma)) for sigma in GAP[1:]]
+    expected = [refinements + 1] * 5
+    expected[GAP_STEP] = min(refinements, BEST_GUESS + 1) + 1
+    assert counts == expected
+
+
+@pytest.mark.parametrize("refinements", [1, 3, 7])
+@pytest.mark.parametrize("slope", [5, -5])
+def test_an_iteration_that_runs_away_is_noticed(refinements, slope):
+    """Steps of 1.5 times the distance, all the time: with the guesses, their norm grows as well."""
+
+    def model(x, sigma):
+        return x - slope * sigma.view(-1, 1, 1) * x
+
+    told = run_inversion(model, REST, GAP, refinements)
+    assert [t["grew"] for t in told] == [i == GAP_STEP for i in range(5)]
+    before, found = (told[i]["x"] for i in (GAP_STEP - 1, GAP_STEP))
+    sigma, sigma_next = GAP[GAP_STEP], GAP[GAP_STEP + 1]
+    misses = [float((refined - guess).norm()) for guess, refined, _ in iterates(model, before, sigma, sigma_next, 7)]
+    assert misses[0] == min(misses)
+    assert_close(found, before * ((1 + sigma_next**2) / (1 + sigma**2)).sqrt())
+
+
+# --- going on with an inversion that was broken off ---
+
+
+@pytest.mark.parametrize("done", range(6))
+@pytest.mark.parametrize(("model", "refinements"), [(gaussian, 0), (gaussian, 2), (steep, 7)])
+def test_going_on_after_a_break_gives_the_same_bits(model, refinements, done):
+    whole = run_inversion(model, START, GAP, refinements)
+    rest = run_inversion(model, whole[done - 1]["x"] if done else START, GAP, refinements, done)
+    assert [t["i"] for t in rest] == list(range(done, 5))
+    for found, expected in zip(rest, whole[done:], strict=True):
+        assert found.keys() == expected.keys()
+        assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("refinements", [0, 2])
+@pytest.mark.parametrize("done", [1, 2])
+def test_nan_after_going_on_is_told_at_its_step(done, refinements):
+    def broken(x, sigma):
+        return x / (sigma[0] != 2)  # 0 / 0 and x / 0
+
+    with pytest.raises(FloatingPointError, match=r"inversion step 3 of 4 \(sigma 2\), in frames \[0, 1, 2\]"):
+        invert(broken, randn(3, 5, 7), UP, refinements, done=done)

@@ -21,6 +21,7 @@ SMALL = {
     "CoveLoadFrames": {"count": FRAMES, "width": WIDTH, "height": HEIGHT},
     "CoveCorrespondence": {"window": 5},
     "CoveDDIMInversion": {"steps": STEPS, "sampling_steps": STEPS},
+    "CoveFeatureInjection": {"resnet_steps": STEPS - 1, "attention_steps": STEPS - 2},
     "CoveDDIMSampler": {"steps": STEPS},
 }
 

@@ -21,6 +21,7 @@ from .inversion import (
 from .model import captured, decoder_level_end, grid_at, self_attention_levels, sigmas_at, unet_of
 from .sampling import (
     GRID_KEY,
+    check_channels,
     check_conditioning,
     check_finite,
     check_start,
@@ -50,6 +51,7 @@ __all__ = [
     "GuidedSelfAttention",
     "InversionType",
     "captured",
+    "check_channels",
     "check_conditioning",
     "check_finite",
     "check_fits",

@@ -17,10 +17,11 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from torch import Tensor
 
 from ...cove.injection import ATTENTION, RESNET, Site, choose_blocks, put_back
-from ...cove.inversion import Inversion
+from ...cove.inversion import Inversion, step_at
 from .model import block_levels, grid_at, transformers_of, unet_of
 from .sampling import check_hints
-from .told import area_of, latent_size, tell_areas, window_of
+from .told import KEY as TOLD
+from .told import area_of, latent_size, tell_areas, told_of, window_of
 
 KEY = "cove_injection"
 # In transformer_options, for the calls of the UNet within: `Taking` or `Giving`; for a run: `_Source`.
@@ -59,19 +60,37 @@ def bytes_of(model, sites: tuple[Site, ...], size: tuple[int, int], node: str) -
         attention = transformers_of(block)[site.index].attn1.to_q if site.kind == ATTENTION else None
         channels = attention.in_features if attention is not None else block[0].out_channels
         numbers += channels * math.prod(grid_at(size, levels["output", site.block]))
-    return numbers * (model.model.manual_cast_dtype or model.model.get_dtype()).itemsize
+    # A node may have asked for another precision, which comes with the next run.
+    return numbers * (model.get_model_object("manual_cast_dtype") or model.model.get_dtype()).itemsize
 
 
 # --- taking and giving ---
 
 
+Frames = tuple[int, ...] | None  # those of the clip that the UNet runs on; None: all
+
+
+def _frames_of(options: dict[str, Any]) -> Frames:
+    window = window_of(options)
+    return None if window is None else tuple(window)
+
+
 @dataclass(eq=False)
 class Taking:
-    """Collects what stands at some sites when the UNet runs on the frames of a clip."""
+    """Collects what stands at some sites when the UNet runs on the frames of a clip, or on windows of it."""
 
     sites: frozenset[str]
     node: str
-    features: dict[str, Tensor] = field(default_factory=dict)
+    taken: dict[Frames, dict[str, Tensor]] = field(default_factory=dict)
+
+    def of_clip(self) -> dict[str, Tensor]:
+        """What was taken of the whole clip at once."""
+        if self.taken.keys() != {None}:
+            raise ValueError(
+                f"{self.node}: features cannot be stored with context windows, where a frame is seen several times. "
+                f"Set `storage` to recompute."
+            )
+        return self.taken[None]
 
     def at(self, site: Site, value: Tensor, options: dict[str, Any]) -> Tensor:
         if str(site) in self.sites:
@@ -80,21 +99,27 @@ class Taking:
                     f"{self.node}: features can be taken of one source prompt for the whole picture, but "
                     f"{len(options['cond_or_uncond'])} conditionings or one with an area ran. Use a plain prompt."
                 )
-            self.features[str(site)] = value
+            self.taken.setdefault(_frames_of(options), {})[str(site)] = value
         return value
 
 
 @dataclass(frozen=True, eq=False)
 class Giving:
-    """Puts features of the source in the place of those of every conditioning."""
+    """Puts features of the source in the place of those of every conditioning.
 
-    features: Mapping[str, Tensor]
+    features: of the windows that will run, or of the whole clip; by the name of their site.
+    """
+
+    features: Mapping[Frames, Mapping[str, Tensor]]
     levels: Mapping[tuple[str, int], int]
 
     def at(self, site: Site, value: Tensor, options: dict[str, Any]) -> Tensor:
-        features = self.features.get(str(site))
+        frames = _frames_of(options)
+        features = self.features.get(frames, self.features.get(None, {})).get(str(site))
         if features is None:
             return value
+        if frames is not None and len(features) * len(options["uuids"]) != len(value):
+            features = features[list(frames)]
         whole = grid_at(latent_size(options), level := self.levels["output", site.block])
         rows = 1 if site.kind == ATTENTION else 2  # the axis of the height, channels last or first
         grid = features.unflatten(1, whole) if site.kind == ATTENTION else features
@@ -221,13 +246,13 @@ def inject(
     return model
 
 
-def check_meets(inversion: Inversion, sigmas: list[float], node: str) -> None:
-    """An error that names both grids when the inversion was not at some of these sigmas."""
-    missed = [sigma for sigma in sigmas if inversion.step_at(sigma) is None]
+def check_meets(inverted: Tensor, sigmas: list[float], node: str) -> None:
+    """An error that names both grids when an inversion through the sigmas `inverted` was not at some of these."""
+    missed = [sigma for sigma in sigmas if step_at(inverted, sigma) is None]
     if missed:
         raise ValueError(
             f"{node}: features are put back at sigmas that the inversion went through, but of the {len(sigmas)} wanted "
-            f"it missed {len(missed)}. Inversion: {_spell(inversion.sigmas[1:].flip(0).tolist())}. Sampling: "
+            f"it missed {len(missed)}. Inversion: {_spell(inverted[1:].flip(0).tolist())}. Sampling: "
             f"{_spell(sigmas)}. Set `sampling_steps` of DDIM Inversion to the sampler's steps, its `steps` to a "
             f"multiple of them, and use the same checkpoint for both."
         )
@@ -247,7 +272,7 @@ def _check_run(injection: _Injection, executor, noise: Tensor, latent_image, sam
             f"Give the sampler the noise of the same inversion."
         )
     wanted = [sigma for sigma in map(float, sigmas[:-1]) if injection.names_at(sigma, sigmas)]
-    check_meets(inversion, wanted, node)
+    check_meets(inversion.sigmas, wanted, node)
     if injection.needs_source(sigmas):
         if injection.conditioning is None:
             raise ValueError(
@@ -283,17 +308,18 @@ def _run_injected(injection: _Injection, executor, model, conds, x_in: Tensor, t
     inversion = injection.inversion
     step = inversion.step_at(sigma)
     if step is None:
-        check_meets(inversion, [sigma], injection.node)  # a sampler that looks between the steps of its grid
-    window = window_of(options)
-    frames = slice(None) if window is None else window
-    features = injection.stored_for(step, names)
-    if features is None:
+        check_meets(inversion.sigmas, [sigma], injection.node)  # a sampler that looks between the steps of its grid
+    stored = injection.stored_for(step, names)
+    if stored is None:
         taking = Taking(frozenset(names), injection.node)
-        guess = inversion.guesses[step][frames].to(x_in)
-        executor(model, [options[SOURCE].conds], guess, timestep, options_with(model_options, **{FEATURES: taking}))
-        features = taking.features
+        guess, source = inversion.guesses[step], [options[SOURCE].conds]
+        # Windows are cut outside of this wrapper or inside of it, by when which node was applied.
+        guess = (guess if len(x_in) == len(guess) else guess[window_of(options)]).to(x_in)
+        told = {FEATURES: taking, TOLD: told_of(source, guess)}
+        executor(model, source, guess, timestep, options_with(model_options, **told))
+        features = taking.taken
     else:
-        features = {name: features[name][frames] for name in names}
+        features = {None: {name: stored[name] for name in names}}
     giving = Giving(features, injection.levels)
     return executor(model, conds, x_in, timestep, options_with(model_options, **{FEATURES: giving}))
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from ...cove import __version__, ddim
 from ...cove.fingerprint import fingerprint
 from ...cove.injection import Site
-from ...cove.inversion import Inversion, UnfinishedInversion, on_disk
+from ...cove.inversion import Inversion, UnfinishedInversion, on_disk, step_at
 from . import injection, sampling
 from .sampling import GRID_KEY, preview, run
 
@@ -172,6 +172,7 @@ def plan_storage(
             f"{node}: features cannot be stored with context windows, where a frame is seen several times. Set "
             f"`storage` to {RECOMPUTE}."
         )
+    injection.check_meets(sigmas, kept_sigmas.tolist(), node)
     if kind == MEMORY:
         free, place = comfy.model_management.get_free_memory(torch.device("cpu")), "of memory"
     else:
@@ -186,7 +187,7 @@ def plan_storage(
             f"{node}: the features take {size}, but {_spell(free)} {place} are free. Set `storage` to {other}"
             f"{RECOMPUTE}, or take fewer `feature_steps`, blocks or frames."
         )
-    steps = tuple(int((sigmas[1:] - sigma).abs().argmin()) for sigma in kept_sigmas)
+    steps = tuple(step_at(sigmas, sigma) for sigma in kept_sigmas.tolist())
     return Storage(kind, sites, steps), f"storage: {size} {place}, {_spell(free)} are free"
 
 
@@ -265,7 +266,7 @@ class _Recorder:
                     return
                 if asked is None or not torch.equal(asked, guess):
                     model(guess, sigmas[i + 1].expand(len(guess)), **extra_args)
-                self.features[i] = self.storage.keep(taking.features)
+                self.features[i] = self.storage.keep(taking.of_clip())
 
             def after_step(found: dict[str, Any]) -> None:
                 keep_features(found["i"], found["guess"])

@@ -35,8 +35,12 @@ def latent_size(options: dict[str, Any]) -> tuple[int, int]:
     return options[KEY]["latent_size"]
 
 
-def _tell_areas(executor, model, conds, x_in: Tensor, timestep: Tensor, model_options: dict[str, Any]):
+def told_of(conds, x_in: Tensor) -> dict[str, Any]:
+    """What the blocks are told when these conditionings run on `x_in`."""
     areas = {cond["uuid"]: tuple(cond["area"]) for some in conds for cond in some or [] if "area" in cond}
-    told = {"latent_size": tuple(x_in.shape[-2:]), "areas": areas}
-    options = {**model_options.get("transformer_options", {}), KEY: told}
+    return {"latent_size": tuple(x_in.shape[-2:]), "areas": areas}
+
+
+def _tell_areas(executor, model, conds, x_in: Tensor, timestep: Tensor, model_options: dict[str, Any]):
+    options = {**model_options.get("transformer_options", {}), KEY: told_of(conds, x_in)}
     return executor(model, conds, x_in, timestep, {**model_options, "transformer_options": options})

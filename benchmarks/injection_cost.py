@@ -1,0 +1,114 @@
+"""What keeping the source's features costs, in time, working memory and storage, for each kind of storage.
+
+    python benchmarks/injection_cost.py
+
+A UNet of SD1.5's shape with random weights inverts random latents and samples them, in a real ComfyUI, with
+Correspondence Attention, prompt and negative prompt; each storage in a process of its own. Their latents are held
+against one another. The working memory with `disk` counts pages of the file that the system can drop at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+NONE = "no injection"
+VARIANTS = (NONE, "recompute", "memory", "disk")
+STEPS = 3  # of inversion and of sampling, injection in all
+
+
+def run(variant: str, frames: int, width: int, height: int, latents: Path) -> None:
+    """Print seconds a step of inversion and of sampling, working memory of sampling, and bytes stored a step."""
+    from scripts.host import provide_host
+
+    host = provide_host()
+    import torch
+
+    from benchmarks.memory import working_memory
+    from benchmarks.model import load
+    from cove.correspondence import find_correspondence
+    from cove.ddim import sampling_timesteps
+
+    model, _host = load(host)
+    nodes = {node.__name__: node for file in sys.modules["pack.nodes"].FILES for node in file.NODES}
+    generator = torch.Generator().manual_seed(1)
+    size = (height // 8, width // 8)
+    matches = find_correspondence(torch.randn(frames, *size, 32, generator=generator))
+    latent = {"samples": torch.randn(frames, 4, *size, generator=generator)}
+    source, edit = ([[torch.randn(1, 77, 768, generator=generator), {}]] for _ in range(2))
+    model = _host.guide_self_attention(model, matches, 0.5, True, 0.0, 1.0, node="benchmark")
+    storage = "recompute" if variant == NONE else variant
+    with torch.inference_mode():
+        start = time.perf_counter()
+        noise, inversion = (
+            nodes["DDIMInversion"]
+            .execute(*(model, source, latent, len(sampling_timesteps(STEPS)), STEPS, 1, storage, STEPS, "auto", "auto"))
+            .args
+        )
+        inverting = (time.perf_counter() - start) / STEPS
+        if variant != NONE:
+            model = nodes["FeatureInjection"].execute(model, inversion, STEPS, STEPS, "auto", "auto").args[0]
+        found = []
+
+        def sample() -> None:
+            found.append(nodes["DDIMSampler"].execute(model, edit, source, noise, STEPS, 7.5).args[0]["samples"])
+
+        start = time.perf_counter()
+        memory = working_memory(sample)
+        sampling = (time.perf_counter() - start) / STEPS
+    torch.save(found[0], latents)
+    stored = sum(
+        tensor.numel() * tensor.element_size() for kept in inversion.features.values() for tensor in kept.values()
+    )
+    print(inverting, sampling, memory, stored // STEPS)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--frames", type=int, default=5)
+    parser.add_argument("--size", default="256x160", help="width x height in pixels")
+    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--latents", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.variant:
+        run(arguments.variant, arguments.frames, *map(int, arguments.size.split("x")), arguments.latents)
+        return
+
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    print(
+        f"{device} ({platform.machine()}), torch {torch.__version__}, float32, {arguments.frames} frames of "
+        f"{arguments.size}, {STEPS} steps, 1 refinement"
+    )
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for variant in VARIANTS:
+            command = [sys.executable, __file__, f"--frames={arguments.frames}", f"--size={arguments.size}"]
+            command += [f"--variant={variant}", f"--latents={Path(folder, variant)}"]
+            answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            found[variant] = tuple(map(float, answer.splitlines()[-1].split()))
+        latents = {variant: torch.load(Path(folder, variant)) for variant in VARIANTS}
+    for variant in VARIANTS[2:]:
+        torch.testing.assert_close(latents[variant], latents["recompute"], rtol=1e-4, atol=1e-4)
+    changed = (latents[NONE] - latents["recompute"]).norm() / latents[NONE].norm()
+    assert changed > 0
+    print(f"injection changes the latents by {100 * changed:.2g} %")
+    print(f"{'':14}{'inversion step':>16}{'sampling step':>16}{'':9}{'working memory':>16}{'stored a step':>16}")
+    for variant, (inverting, sampling, memory, stored) in found.items():
+        print(
+            f"{variant:14}{inverting:14.1f} s{sampling:14.1f} s{100 * (sampling / found[NONE][1] - 1):+7.0f} %"
+            f"{memory / 2**20:13.0f} MiB{stored / 2**20:12.1f} MiB"
+        )
+
+
+if __name__ == "__main__":
+    main()

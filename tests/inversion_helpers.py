@@ -1,0 +1,164 @@
+"""What the tests of inversion and injection share: a MODEL small in width only, and a look at what a UNet is given.
+
+Its decoder has as many blocks as the family's, so the sites are where a real checkpoint has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tests.helpers import call, latents, prompt
+
+SD15 = {"context_dim": 768, "adm_in_channels": None, "use_linear_in_transformer": False, "transformer_depth_middle": 1}
+UNETS = {
+    "two levels": SD15
+    | {
+        "num_res_blocks": [1, 1],
+        "channel_mult": [1, 2],
+        "transformer_depth": [1, 1],
+        "transformer_depth_output": [1, 1, 1, 1],
+    },
+    "sd15": SD15
+    | {
+        "num_res_blocks": [2, 2, 2, 2],
+        "channel_mult": [1, 2, 4, 4],
+        "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+        "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+    },
+    "sdxl": {
+        "num_res_blocks": [2, 2, 2],
+        "channel_mult": [1, 2, 4],
+        "transformer_depth": [0, 0, 2, 2, 3, 3],
+        "transformer_depth_output": [0, 0, 0, 2, 2, 2, 3, 3, 3],
+        "transformer_depth_middle": 3,
+        "context_dim": 2048,
+        "adm_in_channels": 2816,
+        "num_classes": "sequential",
+        "use_linear_in_transformer": True,
+        "num_heads": -1,
+        "num_head_channels": 16,
+    },
+}
+
+# The strength of what is random in the answer, found by looking: enough to be seen, little enough to come back.
+LAST = 0.1
+
+
+def tiny_model(kind: str = "two levels", seed: int = 0):
+    """A random MODEL of 32 to 128 channels; like the random checkpoints, it answers near its input, normalised."""
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    family = comfy.supported_models.SDXL if kind == "sdxl" else comfy.supported_models.SD15
+    config = {"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "dtype": torch.float32}
+    config |= {"use_spatial_transformer": True, "legacy": False, "use_checkpoint": False} | UNETS[kind]
+    model = family(config).get_model({}, "")
+    unet, generator = model.diffusion_model, torch.Generator().manual_seed(seed)
+    end = f"output_blocks.{len(unet.output_blocks) - 1}."
+    with torch.no_grad():
+        for name, weight in unet.named_parameters():
+            if weight.ndim == 1:
+                weight.fill_(0.0 if name.endswith("bias") else 1.0)
+                continue
+            added = any(part in name for part in ("out_layers", "proj_out", "skip_connection", "to_out"))
+            gain = LAST if name.startswith("out.") or (added and name.startswith(end)) else 0.3 if added else 1.0
+            weight.normal_(0, gain / weight[0].numel() ** 0.5, generator=generator)
+        # The latent and its negative in channels 0-7, brought back by the last skip: silu(x) - silu(-x) = x.
+        first, last, head = unet.input_blocks[0][0].weight, unet.output_blocks[-1][0].skip_connection, unet.out[2]
+        first[:8] = 0
+        first[range(8), [0, 1, 2, 3] * 2, 1, 1] = torch.tensor([1.0] * 4 + [-1.0] * 4)
+        last.weight[range(8), range(-32, -24)] += 1.0
+        head.weight[range(4), range(4), 1, 1] += 1.0
+        head.weight[range(4), range(4, 8), 1, 1] -= 1.0
+    cpu = torch.device("cpu")
+    return comfy.model_patcher.ModelPatcher(model.eval(), cpu, cpu)
+
+
+# --- nodes in one line ---
+
+
+def invert(nodes, model, conditioning=None, latent=None, steps=3, **settings):
+    """Noise and inversion; no refinements unless asked for."""
+    wires = {"model": model, "conditioning": conditioning or prompt(1), "latent": latent or latents()}
+    settings = {"sampling_steps": steps, "refinements": 0} | settings
+    return call(nodes["DDIMInversion"], **wires, steps=steps, **settings)
+
+
+def inject(nodes, model, inversion, **settings):
+    """MODEL out of Feature Injection."""
+    return call(nodes["FeatureInjection"], model=model, inversion=inversion, **settings)[0]
+
+
+def sample(nodes, model, noise, positive=None, negative=None, steps=3, cfg=2.0):
+    """Edited latents."""
+    wires = {"model": model, "noise": noise, "positive": positive or prompt(2), "negative": negative or prompt(3)}
+    return call(nodes["DDIMSampler"], **wires, steps=steps, cfg=cfg)[0]["samples"]
+
+
+# --- a look at the UNet ---
+
+
+@dataclass
+class Seen:
+    """One call of the UNet: what came, and what stood at each site, by its name."""
+
+    latents: Tensor
+    options: dict
+    outputs: dict[str, Tensor] = field(default_factory=dict)  # of ResNet branches
+    queries: dict[str, Tensor] = field(default_factory=dict)  # before the projection, like keys and values
+    keys: dict[str, Tensor] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def at(self) -> dict[str, Tensor]:
+        return self.outputs | self.queries
+
+
+@contextmanager
+def watched(model) -> Iterator[list[Seen]]:
+    """Collects every call of the UNet while the block runs, through hooks of its own."""
+    from comfy.ldm.modules.attention import SpatialTransformer
+
+    unet, calls, hooks = model.model.diffusion_model, [], []
+
+    def come(module, args, kwargs):
+        calls.append(Seen(args[0].clone(), kwargs["transformer_options"]))
+
+    def keep(kind: str, name: str):
+        return lambda module, args, *output: getattr(calls[-1], kind).update({name: (output or args)[0].clone()})
+
+    hooks.append(unet.register_forward_pre_hook(come, with_kwargs=True))
+    for number, block in enumerate(unet.output_blocks):
+        hooks.append(block[0].out_layers.register_forward_hook(keep("outputs", f"resnet.{number}.0")))
+        transformers = [
+            part for layer in block if isinstance(layer, SpatialTransformer) for part in layer.transformer_blocks
+        ]
+        for index, transformer in enumerate(transformers):
+            for kind, projection in (("queries", "to_q"), ("keys", "to_k"), ("values", "to_v")):
+                layer = getattr(transformer.attn1, projection)
+                hooks.append(layer.register_forward_pre_hook(keep(kind, f"attention.{number}.{index}")))
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def ask(model, at: Tensor, sigmas: Tensor, step: int, positive, negative=None, cfg: float = 1.0) -> Tensor:
+    """The answer at latents `at`, as the model sees them, in step `step` of a run down `sigmas`."""
+    import comfy.sample
+    import comfy.samplers
+
+    def once(denoise, x, sigmas, extra_args, callback, disable):
+        return denoise(at, sigmas[step].expand(len(at)), **extra_args)
+
+    sampler, nothing = comfy.samplers.KSAMPLER(once), torch.zeros_like(at)
+    negative = positive if negative is None else negative
+    return comfy.sample.sample_custom(
+        model, nothing, cfg, sampler, sigmas, positive, negative, nothing, disable_pbar=True
+    )

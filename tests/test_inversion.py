@@ -1,0 +1,485 @@
+"""Inversions survive the disk whole or not at all, and can be taken up again; their numbers say what they mean."""
+
+import math
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+from cove import inversion
+from cove.correspondence import Correspondence
+from cove.inversion import FORMAT, Inversion, UnfinishedInversion, on_disk
+from tests.method_helpers import PEAK, ROOT, fresh, randn
+
+STEPS, FRAMES, CHANNELS, HEIGHT, WIDTH = 11, 3, 2, 5, 7
+LATENTS = (FRAMES, CHANNELS, HEIGHT, WIDTH)
+TENSORS = ["clip", "noise", "sigmas", "guesses", "residuals", "grew"]
+ABOUT = {"model": "a1b2", "refinements": 2, "prompt": {"width": 512, "ratio": 0.1, "name": "Fuß"}, "none": None}
+
+# To the last bit, with NaN equal to NaN.
+assert_same = partial(assert_close, rtol=0, atol=0, equal_nan=True)
+
+
+def make(**changed):
+    tensors = {
+        "clip": randn(*LATENTS, seed=1),
+        "noise": randn(*LATENTS, seed=2),
+        "sigmas": torch.cat((torch.zeros(1), torch.logspace(-2, 1, STEPS))),
+        "guesses": randn(STEPS, *LATENTS, seed=3),
+        "residuals": torch.linspace(1e-5, 1e-4, STEPS, dtype=torch.float64),
+        "grew": torch.zeros(STEPS, dtype=torch.bool),
+    }
+    return Inversion(**(tensors | changed))
+
+
+@pytest.fixture
+def full():
+    """An inversion with all there can be."""
+    features = {
+        step: {
+            "resnet.3.0": randn(FRAMES, 13, 17, 19, seed=step, dtype=torch.float16),
+            "attention.4.1": randn(FRAMES, 23, 29, seed=step + 1),
+        }
+        for step in (10, 2, 0)
+    }
+    conditioning = {"cond": randn(1, 31, 37, seed=4), "pooled.output": randn(1, 41, seed=5, dtype=torch.bfloat16)}
+    return make(
+        residuals=torch.tensor([math.nan, *range(1, STEPS)], dtype=torch.float64),
+        grew=torch.arange(STEPS) % 3 == 0,
+        conditioning=conditioning,
+        about=ABOUT,
+        features=features,
+    )
+
+
+def assert_same_inversion(found, expected):
+    for name in TENSORS:
+        assert_same(getattr(found, name), getattr(expected, name))
+    assert_same(found.conditioning, expected.conditioning)
+    assert_same(found.features, expected.features)
+    assert found.about == expected.about
+
+
+# --- save and load ---
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_save_and_load(full, tmp_path, kind):
+    path = kind(tmp_path / "a.safetensors")
+    full.save(path)
+    assert_same_inversion(Inversion.load(path), full)
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+def test_the_least_there_can_be_is_saved_and_loaded(tmp_path):
+    make().save(tmp_path / "a.safetensors")
+    found = Inversion.load(tmp_path / "a.safetensors")
+    assert_same_inversion(found, make())
+    assert (found.frames, found.conditioning, found.about, found.features) == (FRAMES, {}, {}, {})
+
+
+def test_tensors_are_saved_whatever_their_strides(tmp_path):
+    guesses = make().guesses
+    strided = guesses.transpose(0, 4).contiguous().transpose(0, 4)
+    assert not strided.is_contiguous()
+    make(guesses=strided).save(tmp_path / "a.safetensors")
+    assert_same(Inversion.load(tmp_path / "a.safetensors").guesses, guesses)
+
+
+def test_what_was_loaded_can_be_saved_over_its_own_file(full, tmp_path):
+    path = tmp_path / "a.safetensors"
+    full.save(path)
+    loaded = Inversion.load(path)
+    loaded.save(path)
+    assert_same_inversion(loaded, full)  # what it read from the old file is still there
+    assert_same_inversion(Inversion.load(path), full)
+
+
+def test_changing_what_was_loaded_leaves_the_file(full, tmp_path):
+    path = tmp_path / "a.safetensors"
+    full.save(path)
+    loaded = Inversion.load(path)
+    loaded.clip.zero_()
+    loaded.features[2]["resnet.3.0"].zero_()
+    assert_same_inversion(Inversion.load(path), full)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="resource is POSIX")
+def test_loaded_features_stay_in_the_file(tmp_path):
+    """128 MiB of features; what is read of them is the header, and pages the system reads ahead."""
+    path = tmp_path / "a.safetensors"
+    make(features={0: {"resnet.3.0": torch.ones(32, 1 << 20)}}).save(path)
+    used = fresh(
+        PEAK
+        + f"""
+from cove.inversion import Inversion
+before = peak()
+found = Inversion.load({str(path)!r})
+assert found.features[0]["resnet.3.0"].shape == (32, 1 << 20)
+print(peak() - before)
+"""
+    )
+    print(f"{used / 2**20:.1f} MiB")
+    assert used < 16 << 20
+
+
+def test_bytes_are_those_of_the_file_but_for_its_header(full, tmp_path):
+    for content in (full, make()):
+        content.save(tmp_path / "a.safetensors")
+        data = (tmp_path / "a.safetensors").read_bytes()
+        header = 8 + int.from_bytes(data[:8], "little")
+        assert content.bytes == len(data) - header
+        assert header < 4096
+
+
+def test_a_failing_save_keeps_the_old_file(full, tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    full.save(path)
+    old = path.read_bytes()
+
+    def half(tensors, target, metadata):
+        target.write_bytes(old[: len(old) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inversion, "save_file", half)
+    for target in (path, tmp_path / "b.safetensors"):
+        with pytest.raises(KeyboardInterrupt):
+            make().save(target)
+    assert path.read_bytes() == old and os.listdir(tmp_path) == ["a.safetensors"]
+
+
+def killed_while_saving(path):
+    """Kills an interpreter that saves 132 MiB at `path` as soon as the folder changes. Whether it was not done yet."""
+    before = os.listdir(path.parent)
+    code = f"""
+import torch
+from cove.inversion import Inversion
+z = torch.ones(11, 1 << 18, 2, 2)
+made = Inversion(z, z.clone(), torch.arange(2.), z[None].clone(), torch.zeros(1).double(), torch.zeros(1).bool())
+print("ready", flush=True)
+made.save({str(path)!r})
+print("done", flush=True)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        deadline = time.monotonic() + 60
+        while os.listdir(path.parent) == before and process.poll() is None and time.monotonic() < deadline:
+            pass
+        process.kill()
+        return "done" not in process.stdout.read()
+
+
+def test_a_kill_while_saving_keeps_the_old_file(full, tmp_path):
+    path = tmp_path / "a.safetensors"
+    for _ in range(3):  # a busy machine may finish saving before it kills
+        full.save(path)
+        old = path.read_bytes()
+        if killed := killed_while_saving(path):
+            break
+    assert killed
+    assert path.read_bytes() == old
+    assert_same_inversion(Inversion.load(path), full)
+    assert [name for name in os.listdir(tmp_path) if name.endswith(".safetensors")] == ["a.safetensors"]
+
+
+@pytest.mark.parametrize("content", [b"", b"no safetensors at all", *map(slice, (8, 100, 5000, -10))])
+def test_a_damaged_file_is_a_value_error(full, tmp_path, content):
+    path = tmp_path / "a.safetensors"
+    full.save(path)
+    path.write_bytes(path.read_bytes()[content] if isinstance(content, slice) else content)
+    with pytest.raises(ValueError, match=r"a\.safetensors is damaged, or no safetensors file"):
+        Inversion.load(path)
+
+
+def write(path, tensors, metadata):
+    save_file({name: getattr(make(), name) for name in TENSORS} | tensors, path, metadata)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        (None, "holds no COVE inversion .expected format"),
+        ({"about": "{}"}, "holds no COVE inversion .expected format"),
+        ({"format": "cove.inversion.2", "about": "{}"}, "holds no COVE inversion .expected format"),
+        ({"format": FORMAT}, "is damaged"),
+        ({"format": FORMAT, "about": "{"}, "is damaged"),
+    ],
+)
+def test_wrong_metadata_is_a_value_error(tmp_path, metadata, message):
+    write(tmp_path / "a.safetensors", {}, metadata)
+    with pytest.raises(ValueError, match=rf"a\.safetensors.*{message}"):
+        Inversion.load(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"noise": randn(*LATENTS[:-1], WIDTH + 1)},
+        {f"features.{STEPS}.resnet.3.0": randn(3)},
+        {"features.third.resnet.3.0": randn(3)},
+        {"features": randn(3)},
+    ],
+)
+def test_wrong_tensors_are_a_value_error_that_names_the_file(tmp_path, tensors):
+    write(tmp_path / "a.safetensors", tensors, {"format": FORMAT, "about": "{}"})
+    with pytest.raises(ValueError, match=r"a\.safetensors"):
+        Inversion.load(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_a_file_that_lacks_a_tensor_is_a_value_error(tmp_path, name):
+    path = tmp_path / "a.safetensors"
+    make().save(path)
+    save_file(
+        {key: tensor for key, tensor in load_file(path).items() if key != name}, path, {"format": FORMAT, "about": "{}"}
+    )
+    with pytest.raises(ValueError, match=rf"a\.safetensors is damaged.*{name}"):
+        Inversion.load(path)
+
+
+def test_another_file_of_this_pack_is_a_value_error(tmp_path):
+    links = torch.zeros(2, 35, 3, dtype=torch.int32)
+    Correspondence(links, links.clone(), 5, 7, 5).save(tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="holds no COVE inversion"):
+        Inversion.load(tmp_path / "a.safetensors")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="missing"):
+        Inversion.load(tmp_path / "missing.safetensors")
+
+
+# --- what an inversion says ---
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"clip": randn(FRAMES + 1, *LATENTS[1:])},
+        {"noise": randn(FRAMES, CHANNELS, WIDTH, HEIGHT)},
+        {"sigmas": torch.arange(STEPS)},
+        {"guesses": randn(STEPS + 1, *LATENTS)},
+        {"guesses": randn(STEPS, *LATENTS[1:])},
+        {"residuals": torch.zeros(STEPS - 1)},
+        {"residuals": torch.zeros(STEPS - 1), "grew": torch.zeros(STEPS - 1, dtype=torch.bool)},
+        {"grew": torch.zeros(STEPS + 1, dtype=torch.bool)},
+        {"features": {0: {}, STEPS: {}}},
+        {"features": {-1: {}}},
+    ],
+)
+def test_tensors_that_do_not_go_together_are_refused(changed):
+    with pytest.raises(ValueError, match="not of one inversion") as caught:
+        make(**changed)
+    for name, thing in changed.items():
+        assert str(list(thing) if name == "features" else list(thing.shape)) in str(caught.value)
+
+
+def test_the_step_at_a_sigma():
+    """Sigmas of one schedule differ by rounding, at most 1e-6 of them; steps by much more than 1e-4."""
+    found = make()
+    for step, sigma in enumerate(found.sigmas[1:].tolist()):
+        for rounding in (1, 1 - 1e-6, 1 + 1e-6, 1 - 9e-5, 1 + 9e-5):
+            assert found.step_at(sigma * rounding) == step
+        for other in (1 - 2e-4, 1 + 2e-4, 0.5, 1.5):
+            assert found.step_at(sigma * other) is None
+    assert found.step_at(0.0) is None  # no step ends there
+
+
+def test_only_what_grew_and_not_by_rounding_diverged():
+    grew = torch.zeros(STEPS, dtype=torch.bool)
+    grew[[2, 5, 7]] = True
+    residuals = torch.full((STEPS,), 0.5, dtype=torch.float64)
+    residuals[5] = 1e-4
+    assert make(residuals=residuals, grew=grew).diverged == [2, 7]
+    assert make(residuals=residuals).diverged == []
+    assert make(residuals=residuals * math.nan).diverged == []
+
+
+def test_quality_is_one_line_on_the_worst_step():
+    residuals = torch.full((STEPS,), 1e-5, dtype=torch.float64)
+    residuals[4] = 0.025
+    grew = torch.arange(STEPS) == 4
+    worst = "largest residual 2.5e-02, at step 5 of 11"
+    assert make(residuals=residuals).quality() == worst
+    assert make(residuals=residuals, grew=grew | (torch.arange(STEPS) == 2)).quality() == (
+        f"{worst}; refining diverged at 1 steps, from step 5, and kept the best of each"
+    )
+    residuals[2] = 0.02
+    assert "diverged at 2 steps, from step 3," in make(residuals=residuals, grew=grew | (residuals == 0.02)).quality()
+    assert make(residuals=residuals * math.nan).quality().startswith("no refinements")
+
+
+# --- tensors on disk ---
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_on_disk_gives_the_same_tensors(tmp_path, kind):
+    tensors = {
+        "resnet.3.0": randn(FRAMES, 13, 17, 19, dtype=torch.float16),
+        "attention.4.1": randn(29, 23, FRAMES).permute(2, 1, 0),
+        "nan": torch.tensor(math.nan),
+    }
+    found = on_disk(tensors, kind(tmp_path))
+    assert_same(found, tensors)
+    found["resnet.3.0"].zero_()
+    assert tensors["resnet.3.0"].any()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a mapped file keeps its name on Windows")
+def test_on_disk_leaves_no_name(tmp_path):
+    found = on_disk({"a": randn(3, 5)}, tmp_path)
+    assert os.listdir(tmp_path) == []
+    assert_same(found["a"], randn(3, 5))
+
+
+def test_on_disk_leaves_no_name_when_the_disk_is_full(tmp_path, monkeypatch):
+    def full_disk(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(inversion, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        on_disk({"a": randn(3, 5)}, tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+# --- taking it up again ---
+
+
+def record(step):
+    return {
+        "x": randn(*LATENTS, seed=step),
+        "guess": randn(*LATENTS, seed=step + 100),
+        "residual": torch.tensor(math.nan if step == 1 else step / 7, dtype=torch.float64),
+        "grew": torch.tensor(step == 2),
+    }
+
+
+RECORDS = [record(step) for step in range(STEPS)]
+
+
+@pytest.fixture
+def unfinished(tmp_path):
+    made = UnfinishedInversion(tmp_path / "unfinished", "abc")
+    for step, tensors in enumerate(RECORDS):
+        made.add(step, tensors)
+    return made
+
+
+def files(unfinished):
+    return sorted(unfinished.folder.iterdir())
+
+
+def test_steps_come_back_in_order(unfinished, tmp_path):
+    assert_same(unfinished.steps(), RECORDS)
+    assert_same(UnfinishedInversion(str(tmp_path / "unfinished"), "abc").steps(), RECORDS)
+    assert UnfinishedInversion(tmp_path / "unfinished", "abd").steps() == []
+    assert len(files(unfinished)) == STEPS
+
+
+def test_a_step_is_kept_as_soon_as_it_is_added(tmp_path):
+    made = UnfinishedInversion(tmp_path / "user" / "unfinished", "abc")
+    assert made.steps() == []
+    for step, tensors in enumerate(RECORDS):
+        made.add(step, tensors)
+        assert_same(made.steps(), RECORDS[: step + 1])
+
+
+def test_steps_are_kept_whatever_their_strides(tmp_path):
+    made = UnfinishedInversion(tmp_path, "abc")
+    made.add(0, {"x": randn(7, 5, 3).permute(2, 1, 0)})
+    assert_same(made.steps(), [{"x": randn(7, 5, 3).permute(2, 1, 0)}])
+
+
+def test_a_step_that_ends_with_its_guess_is_kept(tmp_path):
+    """Where refining made the residual grow, `cove.ddim.invert` ends with the guess: one tensor, under two names."""
+    made = UnfinishedInversion(tmp_path, "abc")
+    x = randn(*LATENTS)
+    made.add(0, {"x": x, "guess": x})
+    assert_same(made.steps(), [{"x": x, "guess": x}])
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b""), None])
+@pytest.mark.parametrize("step", [0, 4, STEPS - 1])
+def test_a_step_that_cannot_be_read_ends_them(unfinished, step, damage):
+    path = files(unfinished)[step]
+    if damage is None:
+        os.truncate(path, path.stat().st_size - 1)
+    else:
+        damage(path)
+    assert_same(unfinished.steps(), RECORDS[:step])
+    unfinished.add(step, RECORDS[step])
+    assert_same(unfinished.steps()[: step + 1], RECORDS[: step + 1])
+
+
+def test_a_step_that_could_not_be_written_is_not_there(unfinished, monkeypatch):
+    def full_disk(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    before = files(unfinished)
+    monkeypatch.setattr(inversion, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        unfinished.add(STEPS, RECORDS[0])
+    assert files(unfinished) == before
+    assert_same(unfinished.steps(), RECORDS)
+
+
+def test_steps_outlive_their_files(unfinished):
+    found = unfinished.steps()
+    unfinished.discard()
+    assert_same(found, RECORDS)
+
+
+def test_discard_forgets_this_one_only(unfinished):
+    other = UnfinishedInversion(unfinished.folder.parent, "other")
+    other.add(0, RECORDS[0])
+    unfinished.discard()
+    assert unfinished.steps() == [] and not unfinished.folder.exists()
+    assert_same(other.steps(), RECORDS[:1])
+    unfinished.discard()  # nothing there any more
+
+
+def unfinished_ones(folder, count):
+    """Begun one after the other; the clock of a file system may be too coarse to tell."""
+    for i in range(count):
+        made = UnfinishedInversion(folder, f"{(7 * i) % 11:02}")  # names of another order
+        made.add(0, RECORDS[0])
+        made.add(1, RECORDS[1])
+        os.utime(made.folder, (1000 + i, 1000 + i))
+        yield made
+
+
+def test_only_the_latest_are_kept(tmp_path):
+    assert UnfinishedInversion.KEPT == 4
+    (tmp_path / "a file").write_text("is no unfinished inversion")
+    os.utime(tmp_path / "a file", (9000, 9000))  # the latest of all
+    ones = []
+    for one in unfinished_ones(tmp_path, 7):
+        ones.append(one)
+        assert [len(one.steps()) for one in ones] == [0] * (len(ones) - 4) + [2] * min(len(ones), 4)
+    assert (tmp_path / "a file").exists()
+
+
+def test_only_beginning_one_forgets_others(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(UnfinishedInversion, "KEPT", 8)
+        ones = list(unfinished_ones(tmp_path, 7))
+    ones[2].add(2, RECORDS[2])
+    assert [len(one.steps()) for one in ones] == [2, 2, 3, 2, 2, 2, 2]
+    os.utime(ones[2].folder, (1002, 1002))
+    ones[0].add(0, RECORDS[0])  # the oldest, begun again: it stays, with the latest three
+    assert [len(one.steps()) for one in ones] == [2, 0, 0, 0, 2, 2, 2]
+
+
+def test_replaced_fields_are_checked_too():
+    with pytest.raises(ValueError, match="not of one inversion"):
+        replace(make(), sigmas=torch.arange(3.0))
