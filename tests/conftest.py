@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import importlib.util
+import shutil
 import sys
 from contextlib import ExitStack
 from functools import cache
@@ -17,6 +18,7 @@ import torch
 from scripts.host import PACK, Server, lay_out, provide_host
 from scripts.random_models import FAMILIES, write_checkpoint, write_controlnet
 from tests.helpers import state_of
+from tests.inversion_helpers import tiny
 
 
 @pytest.fixture(scope="session")
@@ -132,6 +134,30 @@ def sd15(load):
     with torch.inference_mode():
         yield model
     assert state_of(model) == before
+
+
+@pytest.fixture
+def small(load, base):
+    """A tiny MODEL of two levels, to be left as it was, like `sd15`; no broken-off inversion is there from before."""
+    shutil.rmtree(base / "user" / "cove", ignore_errors=True)
+    model = tiny()
+    before = state_of(model)
+    with torch.inference_mode():
+        yield model
+    assert state_of(model) == before
+
+
+@pytest.fixture
+def lines(caplog, nodes):
+    """What the nodes said, without the name of the node."""
+    caplog.set_level("INFO")
+    names = {node.define_schema().display_name for node in nodes.values()}
+
+    def said() -> list[str]:
+        messages = [record.getMessage().partition(": ") for record in caplog.records]
+        return [text for name, _, text in messages if name in names]
+
+    return said
 
 
 @pytest.fixture(scope="session")

@@ -1,17 +1,24 @@
-"""What the tests of the nodes share: small inputs, one look through a model, one call of a node.
+"""What the tests of the nodes share: small inputs, one look through a model, one call of a node, one error.
 
 Frames, height and width are different primes; 5x7 and 7x13 latents are 3x4 and 4x7 one level down.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 FRAMES, HEIGHT, WIDTH = 3, 5, 7
 TEXT = {"sd15": (768, None), "sd21": (1024, None), "sd21v": (1024, None), "sdxl": (2048, 1280)}
+
+# What core's context windows ask for.
+WINDOWS = {"context_length": 2, "context_overlap": 1, "context_schedule": "standard_static", "context_stride": 1}
+WINDOWS |= {"closed_loop": False, "fuse_method": "flat", "dim": 0}
 
 
 def call(node, **inputs) -> tuple:
@@ -74,3 +81,14 @@ def state_of(model) -> dict[str, Any]:
         "hooks": hooks,
         "forwards": [name for name, module in unet.named_modules() if "forward" in vars(module)],
     }
+
+
+@contextmanager
+def refused(*pieces: str, error: type = ValueError) -> Iterator[None]:
+    """The block ends in an error whose message begins with the first piece and has all others in it."""
+    with pytest.raises(error) as caught:
+        yield
+    message = str(caught.value)
+    assert message.startswith(f"{pieces[0]}: ")
+    for piece in pieces[1:]:
+        assert piece in message, message

@@ -1,6 +1,7 @@
-"""What the tests of inversion and injection share: a MODEL small in width only, and a look at what a UNet is given.
+"""What the tests of inversion and injection share: a tiny MODEL, nodes in one line, a look at what a UNet is given.
 
-Its decoder has as many blocks as the family's, so the sites are where a real checkpoint has them.
+The MODEL is small in width only: its decoder has as many blocks as the family's, so the sites are where a real
+checkpoint has them.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -45,12 +47,20 @@ UNETS = {
     },
 }
 
+ALL = {"resnet_blocks": "0-3", "attention_blocks": "0-3"}  # of a UNet of two levels
+SITES = [*(f"resnet.{block}.0" for block in range(4)), *(f"attention.{block}.0" for block in range(4))]
+TENSORS = ("clip", "noise", "sigmas", "guesses", "residuals", "grew")  # of an inversion
+
 # The strength of what is random in the answer, found by looking: enough to be seen, little enough to come back.
 LAST = 0.1
 
 
-def tiny_model(kind: str = "two levels", seed: int = 0):
-    """A random MODEL of 32 to 128 channels; like the random checkpoints, it answers near its input, normalised."""
+@cache
+def tiny(kind: str = "two levels", seed: int = 0):
+    """A random MODEL of 32 to 128 channels; like the random checkpoints, it answers near its input, normalised.
+
+    Each is made once: a test must leave it as it was.
+    """
     import comfy.model_patcher
     import comfy.supported_models
 
@@ -87,6 +97,13 @@ def invert(nodes, model, conditioning=None, latent=None, steps=3, **settings):
     wires = {"model": model, "conditioning": conditioning or prompt(1), "latent": latent or latents()}
     settings = {"sampling_steps": steps, "refinements": 0} | settings
     return call(nodes["DDIMInversion"], **wires, steps=steps, **settings)
+
+
+def guide(nodes, model, latent=None, **settings):
+    """MODEL out of Correspondence Attention, with the correspondence that this MODEL finds in the latents."""
+    features, _ = call(nodes["DiffusionFeatures"], model=model, latent=latent or latents())
+    (correspondence,) = call(nodes["Correspondence"], features=features, window=3)
+    return call(nodes["CorrespondenceAttention"], model=model, correspondence=correspondence, **settings)[0]
 
 
 def inject(nodes, model, inversion, **settings):
@@ -162,3 +179,43 @@ def ask(model, at: Tensor, sigmas: Tensor, step: int, positive, negative=None, c
     return comfy.sample.sample_custom(
         model, nothing, cfg, sampler, sigmas, positive, negative, nothing, disable_pbar=True
     )
+
+
+def noise_like(inversion, seed=7):
+    """Latents as the model sees them, that are none of the inversion's."""
+    return 3 * torch.randn(inversion.clip.shape, generator=torch.Generator().manual_seed(seed))
+
+
+def source_at(model, inversion, step, conditioning=None, frames=slice(None)):
+    """What stands in the UNet of MODEL, without injection, at the stored guess of a step."""
+    with watched(model) as calls:
+        ask(model, inversion.guesses[step][frames], down(inversion), -2 - step, conditioning or prompt(1))
+    (seen,) = calls
+    return seen
+
+
+def down(inversion):
+    """The sigmas of sampling on the grid of the inversion."""
+    return inversion.sigmas.flip(0)
+
+
+def edited_at(model, inversion, step, positive=None, negative=None, cfg=2.0):
+    """The calls of the UNet of MODEL for an edit at this step, and the answer."""
+    with watched(model) as calls:
+        positive, negative = positive or prompt(2), negative or prompt(3)
+        answer = ask(model, noise_like(inversion), down(inversion), -2 - step, positive, negative, cfg)
+    return calls, answer
+
+
+# --- two inversions ---
+
+
+def same(one, other) -> bool:
+    """Whether two inversions hold the same, bit for bit."""
+    tensors = [(getattr(one, name), getattr(other, name)) for name in TENSORS]
+    tensors += [(one.conditioning[name], other.conditioning[name]) for name in one.conditioning]
+    tensors += [(one.features[i][site], other.features[i][site]) for i in one.features for site in one.features[i]]
+    alike = one.conditioning.keys() == other.conditioning.keys() and one.about == other.about
+    alike &= {i: set(some) for i, some in one.features.items()} == {i: set(some) for i, some in other.features.items()}
+    # NaN is alike, too.
+    return alike and all(a.dtype == b.dtype and torch.equal(a.nan_to_num(-1), b.nan_to_num(-1)) for a, b in tensors)

@@ -1,17 +1,22 @@
-"""What the tests of `cove/` share: seeded tensors, devices, and a fresh interpreter."""
+"""What the tests of `cove/` share: seeded tensors, pictures, devices, a full disk and a fresh interpreter."""
 
 import json
 import subprocess
 import sys
 import weakref
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).parents[1]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+# To the last bit, with NaN equal to NaN.
+assert_same = partial(assert_close, rtol=0, atol=0, equal_nan=True)
 
 # Prefix of code for `fresh`: peak() is the largest resident size so far, in bytes. On Linux it is read from /proc,
 # since there `ru_maxrss` starts from the size of the parent process and would hide all that is smaller.
@@ -29,11 +34,23 @@ def randn(*shape, seed=0, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+def picture(height=24, width=40, count=1):
+    """Smooth and coloured, different along every axis, so that H.264 can keep it and a flip or a swap shows."""
+    f, y, x = torch.meshgrid(*(torch.linspace(0, 1, size) for size in (count, height, width)), indexing="ij")
+    return torch.stack([x, 0.7 * y + 0.1 * f, 0.8 - 0.6 * x * y], -1)
+
+
 def fresh(code):
     """What `code`, in an interpreter of its own, prints last, read as JSON."""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def full_disk(tensors, path):
+    """In place of `save_file`: no room for the second half."""
+    path.write_bytes(b"half")
+    raise OSError("No space left on device")
 
 
 def half_is_as_good(fast, plain, exact):

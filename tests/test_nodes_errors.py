@@ -1,27 +1,13 @@
 """Bad input: each error names the node, what came, what was expected, and how to mend it."""
 
 import asyncio
-from contextlib import contextmanager
 
 import pytest
 import torch
 
-from tests.helpers import FRAMES, call, hints, latents, predict, prompt
+from tests.helpers import FRAMES, WINDOWS, call, hints, latents, predict, prompt, refused
 
 ATTENTION = "Correspondence Attention"
-WINDOWS = {"context_length": 2, "context_overlap": 1, "context_schedule": "standard_static", "context_stride": 1}
-WINDOWS |= {"closed_loop": False, "fuse_method": "flat", "dim": 0}
-
-
-@contextmanager
-def refused(*pieces: str, error: type = ValueError):
-    """The block ends in an error whose message begins with the first piece and has all others in it."""
-    with pytest.raises(error) as caught:
-        yield
-    message = str(caught.value)
-    assert message.startswith(f"{pieces[0]}: ")
-    for piece in pieces[1:]:
-        assert piece in message, message
 
 
 @pytest.fixture

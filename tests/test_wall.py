@@ -1,10 +1,15 @@
 """The method knows nothing of ComfyUI, and needs torch, einops and safetensors only."""
 
+import re
 import sys
 
+import cove
 from tests.method_helpers import ROOT, fresh
 
-METHOD = ["correspondence", "merging", "attention", "ddim", "features", "reference"]
+METHOD = [
+    *("correspondence", "merging", "attention", "ddim", "features", "reference"),
+    *("injection", "inversion", "fingerprint", "files", "metrics"),
+]
 
 
 def roots(*modules, after=()):
@@ -31,3 +36,8 @@ def test_cove_never_imports_comfy():
 def test_the_method_needs_torch_einops_and_safetensors_only():
     needed = ["torch", "einops", "safetensors.torch"]
     assert roots(*METHOD, after=needed) - set(sys.stdlib_module_names) <= {"cove", "torch", "einops", "safetensors"}
+
+
+def test_the_version_is_the_one_that_is_published():
+    (published,) = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)
+    assert cove.__version__ == published

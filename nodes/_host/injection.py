@@ -115,10 +115,11 @@ class Giving:
 
     def at(self, site: Site, value: Tensor, options: dict[str, Any]) -> Tensor:
         frames = _frames_of(options)
-        features = self.features.get(frames, self.features.get(None, {})).get(str(site))
+        of = frames if frames in self.features else None
+        features = self.features.get(of, {}).get(str(site))
         if features is None:
             return value
-        if frames is not None and len(features) * len(options["uuids"]) != len(value):
+        if of != frames:
             features = features[list(frames)]
         whole = grid_at(latent_size(options), level := self.levels["output", site.block])
         rows = 1 if site.kind == ATTENTION else 2  # the axis of the height, channels last or first

@@ -207,11 +207,11 @@ def invert(
     storage: Storage,
     *,
     node: str,
-    tell: Callable[[str], None],
+    tell: Callable[..., None],
 ) -> tuple[dict[str, Any], Inversion]:
     """The noise as a LATENT, and the inversion. Goes on where the same inversion was broken off before.
 
-    `tell` shows a line to the user.
+    `tell` shows a line to the user, as `say` does.
     """
     unfinished = UnfinishedInversion(
         Path(folder_paths.get_user_directory()) / "cove" / "unfinished",
@@ -220,7 +220,7 @@ def invert(
     steps = unfinished.steps()
     if steps:
         tell(f"going on after step {len(steps)} of {len(sigmas) - 1}, where this inversion was broken off")
-    recorder = _Recorder(storage, refinements, unfinished, steps, node)
+    recorder = _Recorder(storage, refinements, unfinished, steps, node, tell)
     patched = injection.with_sites(model) if storage.sites else model
     noise = run(patched, recorder, latent, sigmas, conditioning, node=node, callback=preview(model, len(sigmas) - 1))
     tensors, values = source_prompt(conditioning) or ({}, None)
@@ -249,6 +249,7 @@ class _Recorder:
     unfinished: UnfinishedInversion
     steps: list[dict[str, Tensor]]  # finished ones
     node: str
+    tell: Callable[..., None]
     features: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
     def __call__(self, denoise, x: Tensor, sigmas: Tensor, extra_args: dict[str, Any], callback, disable) -> Tensor:
@@ -276,6 +277,9 @@ class _Recorder:
                     self.unfinished.add(found["i"], self.steps[-1])
                 except OSError as error:
                     logging.warning("%s: this step could not be kept for going on after a break: %s", self.node, error)
+                if self.refinements:
+                    line = f"step {found['i'] + 1} of {len(sigmas) - 1}: residual {found['residual']:.1e}"
+                    self.tell(line + ", refining stopped there" * found["grew"], logging.DEBUG)
                 callback(found)
 
             # Features of steps finished before a break went with it; the guesses say where to take them again.

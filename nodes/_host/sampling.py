@@ -119,9 +119,9 @@ def check_without(model, key: str, other: str, node: str) -> None:
         raise ValueError(f"{node}: expected a model without {other}, got one with it. Connect the one before it.")
 
 
-def say(node, text: str) -> None:
+def say(node, text: str, level: int = logging.INFO) -> None:
     """Show a line on a node in the page, while it runs, and in the log. `node` is its class."""
-    logging.info("%s: %s", node.define_schema().display_name, text)
+    logging.log(level, "%s: %s", node.define_schema().display_name, text)
     module = sys.modules.get("server")  # there when ComfyUI serves a page, and not where nodes are called by a script
     if module is not None and node.hidden is not None:
         module.PromptServer.instance.send_progress_text(text, node.hidden.unique_id)

@@ -1,0 +1,129 @@
+"""How well a clip comes back, and what Reconstruction Check says of it."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.helpers import FRAMES, HEIGHT, WIDTH, call, prompt, refused
+from tests.inversion_helpers import guide, invert, sample
+
+
+@pytest.fixture(scope="module")
+def vae(comfy, base, models):
+    """The autoencoder of the random checkpoint: averages and enlarges."""
+    import comfy.sd
+
+    path = str(base / "models/checkpoints" / models["sd15"])
+    return comfy.sd.load_checkpoint_guess_config(path, output_clip=False, output_model=False)[2]
+
+
+def pictures(seed=0, frames=FRAMES):
+    """Frames of squares of 8x8 pixels in random colours."""
+    colours = torch.rand(frames, HEIGHT, WIDTH, 3, generator=torch.Generator().manual_seed(seed))
+    return colours.repeat_interleave(8, 1).repeat_interleave(8, 2)
+
+
+# --- how well a clip comes back ---
+
+
+@pytest.mark.parametrize(
+    ("guided", "dtype", "least"), [(False, None, 45), (True, None, 45), (True, torch.bfloat16, 50)]
+)
+def test_fifty_steps_with_two_refinements_bring_the_clip_back(small, nodes, vae, guided, dtype, least):
+    source = pictures()
+    latent = {"samples": vae.encode(source)}
+    model = small.clone()
+    if dtype is not None:
+        model.set_model_compute_dtype(dtype)
+    model = guide(nodes, model, latent) if guided else model
+    noise, inversion = invert(nodes, model, latent=latent, steps=50, refinements=2)
+    back = vae.decode(sample(nodes, model, noise, prompt(1), steps=50, cfg=1.0))
+    clips = {"source": source, "vae_only": vae.decode(latent["samples"]), "reconstruction": back}
+    _, report = call(nodes["ReconstructionCheck"], **clips, inversion=inversion)
+    lowest = float(re.search(r"Lowest PSNR ([\d.]+) dB", report)[1])
+    print(f"50 steps, 2 refinements, {dtype or 'float32'}, {'guided' if guided else 'plain'}: {lowest:.1f} dB")
+    assert lowest >= least
+
+
+def test_each_refinement_brings_it_nearer_and_advice_follows(small, nodes, vae):
+    source = pictures()
+    latent = {"samples": vae.encode(source)}
+    lowest = []
+    for refinements in (0, 1, 3):
+        noise, inversion = invert(nodes, small, latent=latent, steps=5, refinements=refinements)
+        back = vae.decode(sample(nodes, small, noise, prompt(1), steps=5, cfg=1.0))
+        clips = {"source": source, "vae_only": vae.decode(latent["samples"]), "reconstruction": back}
+        _, report = call(nodes["ReconstructionCheck"], **clips, inversion=inversion)
+        lowest.append(float(re.search(r"Lowest PSNR ([\d.]+) dB", report)[1]))
+        assert inversion.quality() in report
+    assert lowest[0] + 3 < lowest[1] < lowest[2] - 3
+
+
+# --- Reconstruction Check ---
+
+
+def loss(clip, frame, size):
+    """The clip with noise in one frame, `size` dB below full."""
+    changed = clip.clone()
+    changed[frame] += 10 ** (-size / 20)
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("decibels", "verdict", "advice"),
+    [(40.0, "Good", None), (27.0, "Fair", "more refinements"), (13.0, "Poor", "more refinements")],
+)
+def test_the_worst_frame_decides(small, nodes, lines, decibels, verdict, advice):
+    source = pictures()
+    back = loss(loss(source, 1, decibels), 2, 60.0)
+    sheet, report = call(nodes["ReconstructionCheck"], source=source, reconstruction=back)
+    assert report.startswith(verdict) and f"Lowest PSNR {decibels:.1f} dB, frame 1." in report
+    assert (advice or "Edit on this inversion") in report
+    table = report.split("\n\n")[1].splitlines()
+    assert table[0].split() == ["frame", "reconstruction", "PSNR", "SSIM"] and len(table) == 1 + FRAMES
+    numbers = [line.split() for line in table[1:]]
+    assert [row[0] for row in numbers] == ["0", "1", "2"]
+    assert [row[1] for row in numbers] == ["inf", f"{decibels:.1f}", "60.0"] and numbers[0][2] == "1.0000"
+    assert report in "\n".join(lines())
+    assert torch.equal(sheet, torch.cat((source, back), 2))
+
+
+def test_what_the_vae_loses_is_told_apart(small, nodes):
+    source = pictures()
+    vae_only = loss(source, 0, 20.0)
+    back = loss(vae_only, 0, 35.0)
+    sheet, report = call(nodes["ReconstructionCheck"], source=source, reconstruction=back, vae_only=vae_only)
+    assert report.startswith("Good") and "The VAE alone loses much" in report and "Lowest PSNR 35.0 dB" in report
+    head, first, *_ = report.split("\n\n")[1].splitlines()
+    assert head.split() == ["frame", "reconstruction", "PSNR", "SSIM", "vae_only", "PSNR", "SSIM"]
+    assert first.split()[3] == "20.0" and float(first.split()[1]) < 20
+    assert torch.equal(sheet, torch.cat((source, vae_only, back), 2))
+    alone = call(nodes["ReconstructionCheck"], source=source, reconstruction=back)[1]
+    assert alone.startswith("Poor") and "The VAE" not in alone
+
+
+def test_advice_knows_how_the_inversion_went(small, nodes):
+    source = pictures()
+    back = loss(source, 0, 20.0)
+    _, one = invert(nodes, small, steps=2, refinements=1)
+    _, two = invert(nodes, small, steps=2, refinements=2)
+    worse = replace(one, grew=torch.tensor([False, True]), residuals=torch.tensor([0.1, 0.2], dtype=torch.float64))
+    for inversion, advice in ((one, "more refinements"), (two, "more steps"), (worse, "more steps")):
+        report = call(nodes["ReconstructionCheck"], source=source, reconstruction=back, inversion=inversion)[1]
+        assert f"Set {advice} in DDIM Inversion" in report and inversion.quality() in report
+    assert "refining diverged at 1 steps, from step 2" in worse.quality()
+
+
+def test_pictures_of_other_sizes(nodes):
+    source = pictures()
+    for name in ("reconstruction", "vae_only"):
+        for other in (pictures(frames=2), source[:, :16], source[:, :, :24]):
+            spelled = f"{len(other)} frames of {other.shape[2]}x{other.shape[1]}"
+            clips = {"source": source, "reconstruction": source} | {name: other}
+            with refused("Reconstruction Check", "source is 3 frames of 56x40", f"{name} is {spelled}", "same frames"):
+                call(nodes["ReconstructionCheck"], **clips)
+    # Transparency is not compared.
+    alpha = torch.cat((source, torch.rand(*source.shape[:3], 1)), 3)
+    assert call(nodes["ReconstructionCheck"], source=alpha, reconstruction=source)[1].startswith("Good")

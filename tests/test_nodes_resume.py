@@ -1,0 +1,233 @@
+"""Inversions that are broken off and taken up again give the same bits."""
+
+import shutil
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from scripts.host import PromptFailed, Server, lay_out
+from tests.helpers import latents, prompt, refused, state_of
+from tests.inversion_helpers import ALL, guide, invert, same, tiny, watched
+
+
+@pytest.fixture
+def unfinished(base):
+    """() -> numbers of the steps that are kept for going on, of each inversion that was broken off."""
+    folder = base / "user" / "cove" / "unfinished"
+    return lambda: sorted([int(step.stem) for step in sorted(one.iterdir())] for one in folder.glob("*/"))
+
+
+@pytest.fixture
+def break_off(comfy, monkeypatch):
+    """Run something that is interrupted after this step."""
+    import comfy.model_management as management
+    import comfy.utils
+
+    def broken(function, step):
+        def stop(value, *rest, **more):
+            if value == step:
+                management.interrupt_current_processing()
+
+        with monkeypatch.context() as patched:
+            patched.setattr(comfy.utils, "PROGRESS_BAR_HOOK", stop)
+            with pytest.raises(management.InterruptProcessingException):
+                function()
+
+    return broken
+
+
+@pytest.mark.parametrize("storage", ["recompute", "memory", "disk"])
+@pytest.mark.parametrize("step", [1, 3, 5])
+def test_going_on_after_an_interrupt_gives_the_same_bits(small, nodes, break_off, unfinished, lines, storage, step):
+    settings = {"steps": 5, "refinements": 1, "storage": storage, "feature_steps": 3} | ALL
+    model = guide(nodes, small)
+    with watched(small) as calls:
+        noise, whole = invert(nodes, model, **settings)
+    assert len(calls) == 10 and unfinished() == [] and not any("going on" in line for line in lines())
+    state = state_of(model), state_of(small)
+    with watched(small) as calls:
+        break_off(lambda: invert(nodes, model, **settings), step)
+    assert len(calls) == 2 * step and unfinished() == [list(range(step))]
+    assert (state_of(model), state_of(small)) == state
+    with watched(small) as calls:
+        again, resumed = invert(nodes, model, **settings)
+    # Features are kept of inversion steps 3 to 5, and went with the break.
+    kept = 0 if storage == "recompute" else max(0, step - 2)
+    assert len(calls) == 2 * (5 - step) + kept
+    assert any(line.startswith(f"going on after step {step} of 5") for line in lines())
+    assert torch.equal(again["samples"], noise["samples"]) and same(resumed, whole)
+    assert unfinished() == [] and state_of(model) == state[0]
+
+
+def test_breaking_off_twice_and_with_another_storage(small, nodes, break_off):
+    whole = invert(nodes, small, steps=7, storage="memory", **ALL)[1]
+    break_off(lambda: invert(nodes, small, steps=7), 2)
+    with watched(small) as calls:
+        break_off(lambda: invert(nodes, small, steps=7, storage="disk", **ALL), 5)
+    # Two finished steps are asked again for their features.
+    assert len(calls) == 5
+    with watched(small) as calls:
+        resumed = invert(nodes, small, steps=7, storage="memory", **ALL)[1]
+    assert len(calls) == 2 + 5 and same(resumed, whole)
+
+
+def test_an_interrupt_while_features_are_taken_again(comfy, small, nodes, break_off, unfinished):
+    import comfy.model_management as management
+
+    settings = {"steps": 5, "storage": "memory"} | ALL
+    whole = invert(nodes, small, **settings)[1]
+    break_off(lambda: invert(nodes, small, **settings), 4)
+    model, asked = small.clone(), []
+
+    def stop(apply_model, arguments):
+        asked.append(1)
+        management.interrupt_current_processing()
+        return apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
+
+    model.set_model_unet_function_wrapper(stop)
+    state = state_of(small)
+    with pytest.raises(management.InterruptProcessingException):
+        invert(nodes, model, **settings)
+    assert len(asked) == 1 and state_of(small) == state
+    assert same(invert(nodes, small, **settings)[1], whole)
+
+
+@pytest.mark.parametrize("what", ["frame", "prompt", "refinements", "steps", "guidance", "precision", "weights"])
+def test_another_inversion_begins_anew(small, nodes, break_off, lines, what):
+    model = guide(nodes, small)
+    broken = {"model": model, "conditioning": prompt(1), "latent": latents(), "steps": 4, "refinements": 1}
+    other = dict(broken)
+    if what == "frame":
+        other["latent"] = {"samples": latents()["samples"].clone()}
+        other["latent"]["samples"][2, 3, 4, 5] += 1e-3
+    elif what == "prompt":
+        other["conditioning"] = prompt(2)
+    elif what == "refinements":
+        other["refinements"] = 2
+    elif what == "steps":
+        other["steps"] = 5
+    elif what == "guidance":
+        other["model"] = guide(nodes, small, merge_ratio=0.25)
+    elif what == "precision":
+        other["model"] = model.clone()
+        other["model"].set_model_compute_dtype(torch.bfloat16)
+    else:
+        broken["model"], other["model"] = small, tiny(seed=1)
+    expected = invert(nodes, **other)[1]
+    break_off(lambda: invert(nodes, **broken), 2)
+    assert same(invert(nodes, **other)[1], expected)
+    assert not any("going on" in line for line in lines())
+    # The one broken off is not forgotten for it.
+    invert(nodes, **broken)
+    assert any("going on after step 2 of 4" in line for line in lines())
+
+
+def test_an_error_keeps_the_steps_before_it(small, nodes, unfinished):
+    whole = invert(nodes, small, steps=4)[1]
+    outcome = {"broken": True}
+
+    def third_fails(apply_model, arguments):
+        asked.append(1)
+        result = apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
+        return result * torch.nan if len(asked) == 3 and outcome["broken"] else result
+
+    model, asked = small.clone(), []
+    model.set_model_unet_function_wrapper(third_fails)
+    state = state_of(model)
+    with refused("DDIM Inversion", "inversion step 3 of 4", error=FloatingPointError):
+        invert(nodes, model, steps=4)
+    assert unfinished() == [[0, 1]] and state_of(model) == state
+    outcome["broken"], asked[:] = False, []
+    assert same(invert(nodes, model, steps=4)[1], whole) and len(asked) == 2
+
+
+def test_steps_where_refining_made_it_worse_are_taken_up_again(small, nodes, break_off):
+    """There, the latents that a step ends with are the guess itself."""
+    settings = {"steps": 3, "refinements": 10, "storage": "memory"}
+    whole = invert(nodes, tiny("sd15"), **settings)[1]
+    assert whole.grew.any() and whole.diverged
+    first = int(whole.grew.nonzero()[0]) + 1
+    break_off(lambda: invert(nodes, tiny("sd15"), **settings), first)
+    assert same(invert(nodes, tiny("sd15"), **settings)[1], whole)
+
+
+def test_without_room_for_its_steps_an_inversion_still_ends(small, nodes, base, caplog):
+    whole = invert(nodes, small, steps=2)[1]
+    shutil.rmtree(base / "user" / "cove")
+    (base / "user" / "cove").write_text("in the way")
+    try:
+        assert same(invert(nodes, small, steps=2)[1], whole)
+    finally:
+        (base / "user" / "cove").unlink()
+    assert "this step could not be kept" in caplog.text
+
+
+def test_a_killed_server_goes_on_with_the_same_bits(host, base, models, tmp_path, monkeypatch):
+    own = lay_out(tmp_path)
+    (own / "models/checkpoints/sd15.ckpt").symlink_to(base / "models/checkpoints" / models["sd15"])
+    empty = torch.tensor([])
+    save_file({"latent_tensor": latents()["samples"], "latent_format_version_0": empty}, own / "input" / "clip.latent")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    wires = {
+        "model": ("CheckpointLoaderSimple", {"ckpt_name": "sd15.ckpt"}),
+        "text": ("CLIPTextEncode", {"clip": ["model", 1], "text": "a cat"}),
+        "clip": ("LoadLatent", {"latent": "clip.latent"}),
+        "features": ("CoveDiffusionFeatures", {"model": ["model", 0], "latent": ["clip", 0]}),
+        "matches": ("CoveCorrespondence", {"features": ["features", 0], "window": 3}),
+        "guided": ("CoveCorrespondenceAttention", {"model": ["model", 0], "correspondence": ["matches", 0]}),
+        "inversion": (
+            "CoveDDIMInversion",
+            {"model": ["guided", 0], "conditioning": ["text", 0], "latent": ["clip", 0], "steps": 8}
+            | {"sampling_steps": 8, "refinements": 0},
+        ),
+        "noise": ("SaveLatent", {"samples": ["inversion", 0], "filename_prefix": "noise"}),
+        "record": ("CoveSaveInversion", {"inversion": ["inversion", 1], "filename_prefix": "cove/clip"}),
+    }
+
+    def asked(server, wires) -> dict:
+        """The prompt with what each node takes by itself."""
+        nodes = server.object_info()
+        defaults = {
+            node: {
+                name: slot[1]["default"]
+                for name, slot in nodes[node]["input"]["required"].items()
+                if len(slot) > 1 and "default" in slot[1]
+            }
+            for node, _ in wires.values()
+        }
+        return {name: {"class_type": node, "inputs": defaults[node] | given} for name, (node, given) in wires.items()}
+
+    def latent_of(server, outputs, node="noise"):
+        return load_file(server.path_of(outputs[node]["latents"][0]))["latent_tensor"]
+
+    with Server(host, own, "--cpu") as server:
+        server.submit(asked(server, wires))
+        end = time.monotonic() + 120
+        while not list((own / "user" / "cove" / "unfinished").glob("*/0002.safetensors")):
+            assert time.monotonic() < end, server.log_tail()
+            time.sleep(0.01)
+        server._process.kill()
+        server._process.wait()
+    (broken,) = (own / "user" / "cove" / "unfinished").iterdir()
+    done = len(list(broken.glob("*.safetensors")))
+    assert 3 <= done < 8 and not list((own / "output").rglob("*.*"))
+
+    with Server(host, own, "--cpu") as server:
+        resumed = latent_of(server, server.queue(asked(server, wires), 120))
+        log = server.log.read_text(encoding="utf-8")
+        assert f"DDIM Inversion: going on after step {done} of 8, where this inversion was broken off" in log
+        assert "storage: " in log and not list((own / "user" / "cove" / "unfinished").iterdir())
+        # Changed so that it runs again, and from the start, but is the same inversion.
+        wires["inversion"][1]["feature_steps"] = 7
+        assert torch.equal(latent_of(server, server.queue(asked(server, wires), 120)), resumed)
+        assert server.log.read_text(encoding="utf-8").count("going on after step") == 1
+        # A file that was not there when the server started can be loaded.
+        load = {"file": "cove/clip_00002_.inversion.safetensors [output]", "model": ["model", 0], "latent": ["clip", 0]}
+        kept = {name: wires[name] for name in ("model", "clip")} | {"loaded": ("CoveLoadInversion", load)}
+        kept["noise"] = ("SaveLatent", {"samples": ["loaded", 0], "filename_prefix": "loaded"})
+        assert torch.equal(latent_of(server, server.queue(asked(server, kept), 120)), resumed)
+        load["file"] = "cove/clip_00007_.inversion.safetensors [output]"
+        with pytest.raises(PromptFailed, match="there is no file"):
+            server.submit(asked(server, kept))
