@@ -41,7 +41,7 @@ class Known:
 
 @pytest.fixture
 def known():
-    return Known(torch.randint(ROWS * COLUMNS, (FRAMES, ROWS * COLUMNS, K), generator=torch.manual_seed(3)))
+    return Known(torch.randint(ROWS * COLUMNS, (FRAMES, ROWS * COLUMNS, K), generator=torch.Generator().manual_seed(3)))
 
 
 def centre(token):

@@ -6,6 +6,7 @@ Everything here is read from ComfyUI 0.3.75 and kept to what core nodes use, too
 from comfy_api.v0_0_2 import io
 
 from .attention import GuidedSelfAttention, guide_self_attention
+from .demo import load_demo
 from .files import check_space, is_there, path_of, place_to_save, saved_files, state_of
 from .injection import KEY as INJECTION_KEY
 from .injection import inject, sites_of
@@ -66,6 +67,7 @@ __all__ = [
     "inject",
     "invert",
     "is_there",
+    "load_demo",
     "path_of",
     "place_to_save",
     "plain_conditioning",

@@ -1,0 +1,46 @@
+"""Load Demo Model: the pack's own small model, for a first edit without a download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from comfy_api.v0_0_2 import io
+
+from . import _host
+
+FOLDER = Path(__file__).parent.parent / "demo"
+
+
+class LoadDemoModel(io.ComfyNode):
+    """A latent diffusion UNet in SD1.5's topology, narrow, trained by `training/` on drawn shapes."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CoveLoadDemoModel",
+            display_name="Load Demo Model",
+            category="COVE",
+            description="Loads a small model that comes with the pack and knows flat shapes on plain, cloudy and tiled "
+            "grounds. It shows how an edit works, on any computer and without a download; for clips of your own, load "
+            "a checkpoint.",
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=sorted(path.name for path in FOLDER.glob("*.safetensors")),
+                    tooltip="What the model was trained on. shapes: frames of 128x128 pixels; prompts "
+                    'like "a striped red star on a cloudy blue ground".',
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model"),
+                io.Clip.Output(display_name="clip"),
+                io.Vae.Output(display_name="vae"),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, file) -> io.NodeOutput:
+        return io.NodeOutput(*_host.load_demo(FOLDER / file))
+
+
+NODES = [LoadDemoModel]

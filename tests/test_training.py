@@ -1,0 +1,184 @@
+"""The demo model: trained as its seed says, goes on where it was stopped, and is the same in ComfyUI."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from tests.method_helpers import randn
+from training import train
+from training.export import export, half
+from training.models import SIZES, encode
+from training.words import LENGTH, UNKNOWN, make_tokenizer, roughen, tokens_of
+from training.world import caption, draw
+
+CAPTION = "a dotted yellow ring and a black cross on a tiled purple ground"
+STEPS = 4
+CPU = torch.device("cpu")
+# The topology is that of the real one; the numbers are small and none is another's.
+TINY = replace(
+    SIZES["shapes"], picture=40, unet=(32, 96), context=64, batch=3, autoencoder_steps=STEPS, unet_steps=STEPS
+)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(train, "POOL", 64)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def trained(folder, size=TINY, seed=3):
+    """The two networks after their last step, and the latents' scale. Their first weights follow from the seed, too."""
+    folder.mkdir(exist_ok=True)
+    autoencoder = train.train_autoencoder(size, folder, seed, CPU)
+    return autoencoder, *train.train_diffusion(size, autoencoder, folder, seed, CPU)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A file as `training` writes it, of networks that were trained for a few steps, and these networks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "POOL", 64)
+        autoencoder, diffusion, scale = trained(tmp_path_factory.mktemp("training"))
+    pictures = torch.stack([draw(train.scene(3, number), TINY.picture) for number in range(5)])
+    path = tmp_path_factory.mktemp("demo") / "tiny.safetensors"
+    export(path, TINY, autoencoder, diffusion, scale, pictures)
+    for network in (autoencoder, diffusion):
+        for parameter in network.parameters():
+            parameter.copy_(half(parameter))
+    return path, autoencoder, diffusion, scale, pictures
+
+
+def weights(*networks):
+    return [parameter for network in networks for parameter in network.parameters()]
+
+
+def test_a_stopped_training_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
+    whole = trained(tmp_path / "whole")
+    again = trained(tmp_path / "again")
+    assert all(map(torch.equal, weights(*whole[:2]), weights(*again[:2]))), "the seed does not decide everything"
+
+    class Stopped(Exception):
+        pass
+
+    broken = tmp_path / "broken"
+    saves = []
+
+    def save_then_stop(run, save=train.Run.save):
+        save(run)
+        saves.append(run.path.stem)
+        raise Stopped
+
+    monkeypatch.setattr(train, "SAVE_EVERY", 0)  # after every step
+    monkeypatch.setattr(train.Run, "save", save_then_stop)
+    for _ in range(2 * STEPS):
+        with pytest.raises(Stopped):
+            trained(broken)
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "POOL", 64)
+    assert saves == ["autoencoder"] * STEPS + ["diffusion"] * STEPS
+    piecewise = trained(broken)
+    assert all(map(torch.equal, weights(*whole[:2]), weights(*piecewise[:2])))
+    assert whole[2] == piecewise[2]
+
+
+def test_another_seed_trains_another_model(tmp_path):
+    one, other = (trained(tmp_path / str(seed), seed=seed)[1] for seed in (3, 5))
+    assert not torch.equal(weights(one)[0], weights(other)[0])
+
+
+def test_captions_become_tokens():
+    tokenizer = make_tokenizer()
+    tokens = tokens_of(tokenizer, [CAPTION, "", "A RED, star! on-a houseboat"])
+    assert tokens.shape == (3, LENGTH)
+    start, end, unknown = (tokenizer.token_to_id(mark) for mark in ("<start>", "<end>", UNKNOWN))
+    words = [tokenizer.id_to_token(number) for number in tokens[0].tolist()]
+    assert words[1 : words.index("<end>")] == CAPTION.split()
+    assert tokens[1].tolist() == [start] + [end] * (LENGTH - 1)
+    expected = [start, *map(tokenizer.token_to_id, ["a", "red", "star", "on", "a"]), unknown]
+    assert tokens[2].tolist() == expected + [end] * (LENGTH - len(expected))
+
+
+def test_the_longest_caption_fits_with_the_words_that_are_added():
+    longest = "a checkered orange triangle and a checkered orange triangle on a cloudy orange ground"
+    most = max(len(caption(train.scene(1, number)).split()) for number in range(500))
+    assert most == len(longest.split())
+    assert most + 3 + 2 <= LENGTH
+
+
+def test_roughened_captions_are_what_a_user_might_write():
+    generator = torch.Generator().manual_seed(2)
+    rough = [roughen(CAPTION, generator) for _ in range(2000)]
+    assert sum(one == "" for one in rough) == pytest.approx(200, abs=50)
+    assert sum(one != "" and "ground" not in one for one in rough) == pytest.approx(180, abs=50)
+    assert sum(UNKNOWN in one for one in rough) == pytest.approx(360, abs=70)
+    known = {" ".join(word for word in one.split() if word != UNKNOWN) for one in rough}
+    assert known == {"", CAPTION, CAPTION[: CAPTION.index(" on ")]}
+
+
+def test_a_finished_training_only_writes_its_file(finished, tmp_path, monkeypatch):
+    """The command again, on a folder where all is done, takes no step."""
+    trained(tmp_path)
+    monkeypatch.setattr(train.Run, "generators", lambda run: iter(range(run.done, run.steps)))
+    monkeypatch.setattr(train, "Pool", None)
+    autoencoder, diffusion, scale = trained(tmp_path)
+    assert scale == finished[3]
+    assert all(not parameter.requires_grad for parameter in weights(autoencoder, diffusion))
+
+
+@pytest.fixture
+def loaded(finished, host_module):
+    with torch.inference_mode():
+        yield host_module.load_demo(finished[0])
+
+
+def test_comfyui_reads_captions_as_they_were_trained(finished, loaded):
+    text, clip = finished[2].text, loaded[1]
+    with torch.no_grad():
+        expected = text(tokens_of(make_tokenizer(), [CAPTION])).last_hidden_state
+    found = clip.encode_from_tokens_scheduled(clip.tokenize(CAPTION.upper() + "!"))[0][0]
+    assert_close(found, expected)
+
+
+def test_comfyuis_unet_is_the_trained_one(finished, loaded):
+    unet, model = finished[2].unet, loaded[0].model
+    x, context = randn(2, 4, 10, 10), randn(2, LENGTH, TINY.context, seed=1)
+    timesteps = torch.tensor([21, 700])
+    with torch.no_grad():
+        expected = unet(x, timesteps, context).sample
+    found = model.diffusion_model(x, timesteps, context=context)
+    assert expected.abs().max() > 0.1
+    assert_close(found, expected)
+
+
+def test_comfyui_adds_noise_as_training_does(loaded):
+    sampling = loaded[0].model.model_sampling
+    signal = train.alphas()
+    assert_close(sampling.sigmas.float().cpu(), ((1 - signal) / signal).sqrt(), rtol=1e-4, atol=1e-5)
+
+
+def test_comfyuis_autoencoder_is_the_trained_one(finished, loaded):
+    _, autoencoder, _, scale, pictures = finished
+    vae, model = loaded[2], loaded[0].model
+    found = vae.encode(pictures.permute(0, 2, 3, 1))
+    with torch.no_grad():
+        expected = autoencoder.encode(pictures * 2 - 1)
+        back = autoencoder.decode(expected)
+    assert found.shape == (5, 4, 10, 10)
+    assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert_close(vae.decode(expected), (back / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1), rtol=1e-4, atol=1e-4)
+    assert_close(model.process_latent_in(expected), expected * scale)
+
+
+def test_previews_show_the_pictures_colours(finished, loaded):
+    """As well as a linear map of four latents can, and in the right order of channels."""
+    _, autoencoder, _, scale, pictures = finished
+    latents, form = encode(autoencoder, pictures) * scale, loaded[0].model.latent_format
+    seen = torch.einsum("nchw,cr->nrhw", latents, torch.tensor(form.latent_rgb_factors))
+    seen = seen + torch.tensor(form.latent_rgb_factors_bias)[:, None, None]
+    small = torch.nn.functional.adaptive_avg_pool2d(pictures, 10) * 2 - 1
+    assert (seen - small).square().mean() < (small - small.mean((0, 2, 3), keepdim=True)).square().mean()

@@ -1,0 +1,109 @@
+"""The networks of the demo model: a UNet and a text encoder in Stable Diffusion's topology, narrow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from demo.autoencoder import PATCH, Autoencoder
+
+from .words import LENGTH, make_tokenizer
+
+STEPS = 1000
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large the networks are, and how long they are trained.
+
+    The UNet's channels are multiples of 32, as ComfyUI's group norms are fixed to 32 groups; with 32 there would be one
+    channel a group, and the mean of a picture would be lost.
+    """
+
+    picture: int  # pixels a side
+    autoencoder: int  # channels
+    unet: tuple[int, ...]  # channels of each level, all with attention; the first is at latent size
+    heads: int  # of every attention, as in SD1.5
+    context: int  # width of the text encoder
+    batch: int
+    autoencoder_steps: int
+    unet_steps: int
+    rate: float  # the highest learning rate of the UNet
+
+    @property
+    def latent(self) -> int:
+        return self.picture // PATCH
+
+
+SIZES = {
+    # Two CPU cores, two hours.
+    "shapes": Size(
+        picture=128,
+        autoencoder=64,
+        unet=(64, 96, 128),
+        heads=2,
+        context=128,
+        batch=24,
+        autoencoder_steps=1200,
+        unet_steps=3500,
+        rate=6e-4,
+    ),
+}
+
+
+def make_unet(size: Size) -> UNet2DConditionModel:
+    levels = len(size.unet)
+    return UNet2DConditionModel(
+        sample_size=size.latent,
+        down_block_types=("CrossAttnDownBlock2D",) * levels,
+        up_block_types=("CrossAttnUpBlock2D",) * levels,
+        block_out_channels=size.unet,
+        layers_per_block=1,
+        cross_attention_dim=size.context,
+        attention_head_dim=size.heads,  # diffusers' name for the number of heads
+    )
+
+
+def make_text_encoder(size: Size) -> CLIPTextModel:
+    tokenizer = make_tokenizer()
+    start, end = tokenizer.encode("").ids
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=tokenizer.get_vocab_size(),
+            hidden_size=size.context,
+            intermediate_size=4 * size.context,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=LENGTH,
+            bos_token_id=start,
+            eos_token_id=end,
+            pad_token_id=end,
+        )
+    )
+
+
+@torch.no_grad()
+def encode(autoencoder: Autoencoder, pictures: Tensor) -> Tensor:
+    """Pictures from 0 to 1 as latents, before scaling."""
+    return autoencoder.encode(pictures.to(next(autoencoder.parameters()).device) * 2 - 1)
+
+
+class Diffusion(nn.Module):
+    """UNet and text encoder together, as they are trained: predicts the noise in scaled latents."""
+
+    def __init__(self, size: Size):
+        super().__init__()
+        self.unet, self.text = make_unet(size), make_text_encoder(size)
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
+        return self.unet(noisy, timesteps, self.text(tokens).last_hidden_state).sample
+
+
+def alphas() -> Tensor:
+    """Stable Diffusion's share of the signal's variance left at each timestep ("scaled linear"), [STEPS]."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, STEPS, dtype=torch.float64) ** 2
+    return torch.cumprod(1 - betas, 0).float()

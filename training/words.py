@@ -1,0 +1,45 @@
+"""Captions as tokens: one for each word of the world, one for all that the world has no word for."""
+
+import torch
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Generator, Tensor
+
+from .world import WORDS
+
+LENGTH = 24  # tokens of a caption with its start and end; the longest caption of the world has 17 words
+START, END, UNKNOWN = "<start>", "<end>", "<unknown>"
+
+
+def make_tokenizer() -> Tokenizer:
+    """Lower case, punctuation dropped, start and end added, filled up with ends as CLIP's is."""
+    vocabulary = {word: number for number, word in enumerate((START, END, UNKNOWN, *WORDS))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Lowercase(), normalizers.Replace(Regex("[^a-z<>]+"), " "), normalizers.Strip()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{START} $A {END}", special_tokens=[(mark, vocabulary[mark]) for mark in (START, END)]
+    )
+    return tokenizer
+
+
+def tokens_of(tokenizer: Tokenizer, captions: list[str]) -> Tensor:
+    """[captions, LENGTH] int64."""
+    end = tokenizer.token_to_id(END)
+    rows = [encoded.ids for encoded in tokenizer.encode_batch(captions)]
+    return torch.tensor([row + [end] * (LENGTH - len(row)) for row in rows])
+
+
+def roughen(caption: str, generator: Generator) -> str:
+    """The caption as a user might write it: now and then nothing, no ground, or with words the model does not know."""
+    chance = torch.rand(3, generator=generator).tolist()
+    if chance[0] < 0.1:
+        return ""
+    if chance[1] < 0.1:
+        caption = caption[: caption.index(" on ")]
+    words = caption.split()
+    if chance[2] < 0.2:
+        for _ in range(int(torch.randint(1, 4, (), generator=generator))):
+            words.insert(int(torch.randint(len(words) + 1, (), generator=generator)), UNKNOWN)
+    return " ".join(words)
