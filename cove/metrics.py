@@ -1,10 +1,12 @@
-"""How alike two clips are, frame by frame, and what that says about an inversion."""
+"""How alike two clips are, whether points are followed rightly through one, and whether they keep their colour."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .tracks import look_up
 
 # Wang et al., "Image Quality Assessment: From Error Visibility to Structural Similarity", 2004, section III-C.
 SSIM_WINDOW, SSIM_SIGMA, SSIM_K1, SSIM_K2 = 11, 1.5, 0.01, 0.03
@@ -62,6 +64,74 @@ def _ssim_of_frame(one: Tensor, other: Tensor, window: Tensor) -> Tensor:
 def _check_alike(one: Tensor, other: Tensor) -> None:
     if one.shape != other.shape:
         raise ValueError(f"expected clips of the same shape, got {list(one.shape)} and {list(other.shape)}")
+
+
+def pck(places: Tensor, true: Tensor, visible: Tensor, radius: float) -> Tensor:
+    """Percentage of correct keypoints, as a share: of the points that are visible, those found within `radius` tokens.
+
+    Args:
+        places, true: [frames, height, width, 2], found and true tracks.
+        visible: [frames, height, width], bool; other points do not count.
+
+    Returns:
+        [frames], float64; NaN for a frame without a visible point.
+    """
+    _check_tracks(places, visible)
+    _check_tracks(true, visible)
+    right = (places.double() - true.double()).norm(dim=-1) <= radius
+    return (right & visible).flatten(1).sum(1).double() / visible.flatten(1).sum(1)
+
+
+def colour_drift(frames: Tensor, places: Tensor, visible: Tensor) -> float:
+    """How much points change their colour on their way: the root mean square of what is off a track's mean colour.
+
+    0 when each point keeps its colour in every frame where it is visible. Noise of a standard deviation s from frame
+    to frame gives s * sqrt(1 - 1/n) for tracks of n frames.
+
+    Args:
+        frames: [frames, height, width, channels] of values in 0..1, the edited clip; its size need not be the grid's.
+        places, visible: tracks on the source clip; points that are seen in one frame only do not count.
+    """
+    _check_tracks(places, visible)
+    seen = look_up(frames, places, tuple(visible.shape[1:])).double()
+    weight = (visible & (visible.sum(0) > 1)).double()[..., None]
+    count = weight.sum(0)
+    if not count.any():
+        raise ValueError("no point is visible in two frames: nothing can be said of how colours drift")
+    mean = (seen * weight).sum(0) / count.clamp(min=1)
+    return float((((seen - mean) ** 2 * weight).sum() / (weight.sum() * frames.shape[-1])).sqrt())
+
+
+def warping_error(frames: Tensor, flow: Tensor, visible: Tensor) -> Tensor:
+    """What a clip differs by from its next frame, carried back along the flow: Lai et al., 2018 (ECCV), section 4.3.
+
+    Args:
+        frames: [frames, height, width, channels] of values in 0..1.
+        flow: [frames - 1, height, width, 2], (x, y) in pixels, where each pixel moves to in the next frame.
+        visible: [frames - 1, height, width], bool; pixels that the next frame hides do not count.
+
+    Returns:
+        Mean squared difference of each pair of frames, [frames - 1], float64; NaN where no pixel is visible.
+    """
+    if flow.shape != (len(frames) - 1, *frames.shape[1:3], 2) or visible.shape != flow.shape[:-1]:
+        raise ValueError(
+            f"expected flow [{len(frames) - 1}, {frames.shape[1]}, {frames.shape[2]}, 2] and visible without its last "
+            f"axis for frames {list(frames.shape)}, got {list(flow.shape)} and {list(visible.shape)}"
+        )
+    height, width = frames.shape[1:3]
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    here = torch.stack([columns, rows], -1).to(flow)
+    after = look_up(frames[1:], here + flow, (height, width)).double()
+    squared = (after - frames[:-1].double()).square().mean(-1)
+    return (squared * visible).flatten(1).sum(1) / visible.flatten(1).sum(1)
+
+
+def _check_tracks(places: Tensor, visible: Tensor) -> None:
+    if places.ndim != 4 or places.shape != (*visible.shape, 2) or visible.dtype != torch.bool:
+        raise ValueError(
+            f"expected places [frames, height, width, 2] and bool visible without the last axis, got "
+            f"{list(places.shape)} and {visible.dtype} {list(visible.shape)}"
+        )
 
 
 GOOD, FAIR = 30.0, 25.0  # dB: differences one has to look for, and differences one sees at once

@@ -8,7 +8,7 @@ from tests.method_helpers import ROOT, fresh
 
 METHOD = [
     *("correspondence", "merging", "attention", "ddim", "features", "reference"),
-    *("injection", "inversion", "fingerprint", "files", "metrics"),
+    *("injection", "inversion", "fingerprint", "files", "metrics", "tokenflow"),
 ]
 
 

@@ -1,0 +1,92 @@
+"""Optical flow without a model, to compare with: OpenCV's DIS, and matches and tracks made of it. Needs OpenCV."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from .correspondence import Correspondence
+from .tracks import look_up
+
+
+def dis_flow(frames: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each pixel moves to in the next frame, and where each pixel of the next frame comes from.
+
+    Dense inverse search (Kroeger et al., 2016, ECCV), as OpenCV has it, at its finest setting.
+
+    Args:
+        frames: [frames, height, width, 3] of values in 0..1, 12 pixels or more a side.
+
+    Returns:
+        forward, backward: [frames - 1, height, width, 2], (x, y) in pixels, float32.
+    """
+    try:
+        import cv2
+    except ImportError as error:
+        raise ImportError("DIS optical flow needs OpenCV: pip install opencv-python-headless") from error
+    if frames.ndim != 4 or frames.shape[-1] != 3 or min(frames.shape[1:3]) < 12:
+        raise ValueError(
+            f"expected frames [frames, height, width, 3] of 12x12 pixels or more, got {list(frames.shape)}"
+        )
+    grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in (frames.cpu() * 255).round().byte().numpy()]
+    dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    dis.setFinestScale(0)
+
+    def between(one, other) -> Tensor:
+        return torch.from_numpy(dis.calc(one, other, None))
+
+    pairs = list(zip(grey[:-1], grey[1:], strict=True))
+    empty = frames.new_empty((0, *frames.shape[1:3], 2), dtype=torch.float32)
+    forward, backward = ([between(*pair[::way]) for pair in pairs] for way in (1, -1))
+    return (torch.stack(forward), torch.stack(backward)) if pairs else (empty, empty)
+
+
+def agree(forward: Tensor, backward: Tensor) -> Tensor:
+    """Pixels whose flow leads to a pixel whose flow leads back: what is not hidden in the next frame.
+
+    The bound is that of Sundaram et al., 2010 (ECCV), Eq. 5: |f + b|^2 < 0.01 (|f|^2 + |b|^2) + 0.5.
+
+    Args:
+        forward, backward: as `dis_flow` gives them.
+
+    Returns:
+        [frames - 1, height, width], bool.
+    """
+    height, width = forward.shape[1:3]
+    there = _pixels(height, width).to(forward) + forward
+    back = look_up(backward, there, (height, width))
+    inside = (there >= -0.5).all(-1) & (there <= there.new_tensor([width - 0.5, height - 0.5])).all(-1)
+    bound = 0.01 * (forward.square().sum(-1) + back.square().sum(-1)) + 0.5
+    return inside & ((forward + back).square().sum(-1) < bound)
+
+
+def correspondence_of(forward: Tensor, backward: Tensor, height: int, width: int) -> Correspondence:
+    """The one match of every token of a `height` x `width` grid that the flow at its centre leads to."""
+    matches, reach = [], 0
+    own = _pixels(height, width).to(forward)
+    size = forward.new_tensor([forward.shape[2] / width, forward.shape[1] / height])  # pixels of a token
+    last = own.new_tensor([width - 1, height - 1])
+    for flow in (forward, backward):
+        moved = own + look_up(flow, own.expand(len(flow), -1, -1, -1), (height, width)) / size
+        moved = moved.round().clamp(own.new_tensor(0), last)
+        matches.append(rearrange(moved[..., 1] * width + moved[..., 0], "f h w -> f (h w) 1").int())
+        reach = max(reach, int((moved - own).abs().max())) if len(flow) else reach
+    return Correspondence(*matches, height, width, window=2 * reach + 1)
+
+
+def flow_tracks(forward: Tensor, backward: Tensor, frame: int, height: int, width: int) -> Tensor:
+    """Places of the tokens of `frame` in every frame, the flow followed from frame to frame: [frames, h, w, 2]."""
+    size = forward.new_tensor([forward.shape[2] / width, forward.shape[1] / height])
+    places = [_pixels(height, width).to(forward)]
+    for flow in forward[frame:]:
+        places.append(places[-1] + look_up(flow[None], places[-1][None], (height, width))[0] / size)
+    for flow in backward[:frame].flip(0):
+        places.insert(0, places[0] + look_up(flow[None], places[0][None], (height, width))[0] / size)
+    return torch.stack(places)
+
+
+def _pixels(height: int, width: int) -> Tensor:
+    """(x, y) of every pixel: [height, width, 2]."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([columns, rows], -1).float()
