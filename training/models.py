@@ -48,7 +48,7 @@ SIZES = {
         heads=2,
         context=128,
         batch=24,
-        autoencoder_steps=1200,
+        autoencoder_steps=900,
         unet_steps=3500,
         rate=6e-4,
     ),

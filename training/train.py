@@ -57,6 +57,13 @@ def main() -> None:
     print(f"written: {output}")
 
 
+@torch.no_grad()
+def move_average(averages: list[Tensor], weights: list[Tensor], seen: Tensor) -> None:
+    """Exponential average of 500 steps, of fewer at the beginning, so that the first weights are forgotten."""
+    decay = min(0.998, (1 + int(seen)) / (10 + int(seen)))
+    torch._foreach_lerp_(averages, weights, 1 - decay)
+
+
 class Run:
     """One training: optimiser, learning rate, the average of the weights, and a file to go on from."""
 
@@ -72,9 +79,7 @@ class Run:
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimiser, rate, total_steps=steps, pct_start=warm / steps, cycle_momentum=False, final_div_factor=100
         )
-        self.average = torch.optim.swa_utils.AveragedModel(
-            self.model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
-        )
+        self.average = torch.optim.swa_utils.AveragedModel(self.model, multi_avg_fn=move_average)
         self.done = 0
         if path.is_file():
             state = torch.load(path, map_location=device, weights_only=True)
