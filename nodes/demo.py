@@ -1,4 +1,4 @@
-"""Load Demo Model: the pack's own small model, for a first edit without a download."""
+"""Load Demo Model and Load Demo Clip: for a first edit without a download."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from comfy_api.v0_0_2 import io
 
+from ..cove import frames
 from . import _host
 
 FOLDER = Path(__file__).parent.parent / "demo"
@@ -43,4 +44,28 @@ class LoadDemoModel(io.ComfyNode):
         return io.NodeOutput(*_host.load_demo(FOLDER / file))
 
 
-NODES = [LoadDemoModel]
+class LoadDemoClip(io.ComfyNode):
+    """Drawn by `training/clips.py`: a striped red star that moves and turns on a cloudy blue ground."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CoveLoadDemoClip",
+            display_name="Load Demo Clip",
+            category="COVE",
+            description="Loads a clip that the demo model understands: a striped red star on a cloudy blue ground, "
+            "8 frames of 128x128 pixels.",
+            outputs=[
+                io.Image.Output(display_name="images"),
+                io.Float.Output(display_name="fps"),
+                io.Int.Output(display_name="frame count"),
+            ],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        images, fps = frames.read_frames(FOLDER / "clip.mp4")
+        return io.NodeOutput(images, fps, len(images))
+
+
+NODES = [LoadDemoModel, LoadDemoClip]

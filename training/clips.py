@@ -1,14 +1,20 @@
-"""Clips of the world in motion, with the exact place and visibility of every point in every frame."""
+"""Clips of the world in motion, with the exact place and visibility of every point in every frame.
+
+`python -m training.clips` writes demo/clip.mp4, the clip that comes with the pack.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Generator, Tensor
 
-from .world import Scene, Thing, between, draw, pixels, random_scene
+from cove.frames import write_frames
+
+from .world import Ground, Scene, Thing, between, draw, pixels, random_scene
 
 MOTIONS = ("move", "scale", "rotate", "all", "occlude")
 
@@ -98,6 +104,18 @@ def _centred(thing: Thing, generator: Generator) -> Thing:
     return replace(thing, x=between(-0.2, 0.2, generator), y=between(-0.2, 0.2, generator), radius=0.55)
 
 
+def demo_clip() -> Clip:
+    """A striped red star on a cloudy blue ground, that turns and moves by a token a frame."""
+    thing = Thing("star", "red", "striped", x=0.0, y=0.0, radius=0.6, angle=0.3)
+    ground = Ground("blue", "cloudy", tilt=0.8, seed=5)
+    away = [frame - 3.5 for frame in range(8)]
+    return Clip(
+        tuple(
+            Scene(replace(ground, x=-0.03 * a), (_moved(thing, (0.06, -0.03), math.radians(5), 0.0, a),)) for a in away
+        )
+    )
+
+
 def _moved(thing: Thing, pace: tuple[float, float], turn: float, growth: float, frames: float) -> Thing:
     return replace(
         thing,
@@ -116,3 +134,7 @@ def _pace(generator: Generator, slow: float = 0.03, fast: float = 0.08) -> tuple
     """A step a frame in any direction."""
     step, angle = between(slow, fast, generator), between(0, 2 * math.pi, generator)
     return step * math.cos(angle), step * math.sin(angle)
+
+
+if __name__ == "__main__":
+    write_frames(Path(__file__).parent.parent / "demo" / "clip.mp4", demo_clip().draw(128), fps=8)
