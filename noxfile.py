@@ -39,7 +39,8 @@ def tests(session: nox.Session) -> None:
     comfy = Environment(session)
     host = comfy.provide_host()
     comfy.install(host)
-    comfy.run("-m", "pytest", *session.posargs, env={"COMFYUI_PATH": str(host)})
+    two = ("-n", "2", "--dist", "loadfile")  # two processes; tests of one file may build on one another
+    comfy.run("-m", "pytest", *two, *session.posargs, env={"COMFYUI_PATH": str(host)})
 
 
 @nox.session(venv_backend="none")

@@ -1,4 +1,4 @@
-"""A real ComfyUI in this process, and a UNet of SD1.5's full shape with random weights: what benchmarks run on."""
+"""A real ComfyUI in this process, and what benchmarks run on: the demo model, or SD1.5's shape with random weights."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def load(host: Path):
-    """A MODEL of SD1.5's shape with random weights, and the pack's `nodes._host`."""
+def start(host: Path):
+    """The pack as a module, in a ComfyUI that lives in this process.
+
+    From then on `import nodes` is ComfyUI's file: what is needed from the root of the repository comes in before.
+    """
     import importlib.util
 
     sys.path.insert(0, str(host))
@@ -19,12 +22,30 @@ def load(host: Path):
 
     comfy.cli_args.args.cpu = not torch.cuda.is_available()
     import comfy.model_management
-    import comfy.model_patcher
-    import comfy.supported_models
 
     spec = importlib.util.spec_from_file_location("pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
     sys.modules["pack"] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def load_demo(host: Path, file: str = "shapes.safetensors"):
+    """The demo model's MODEL, CLIP and VAE, and the pack's nodes by id without the leading Cove."""
+    import asyncio
+
+    pack = start(host)
+    extension = asyncio.run(pack.comfy_entrypoint())
+    nodes = {node.define_schema().node_id.removeprefix("Cove"): node for node in asyncio.run(extension.get_node_list())}
+    return *nodes["LoadDemoModel"].execute(file).args, nodes
+
+
+def load(host: Path):
+    """A MODEL of SD1.5's shape with random weights, and the pack's `nodes._host`."""
+    start(host)
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy.supported_models
+    import torch
 
     shape = comfy.supported_models.SD15.unet_config | {
         "image_size": 32,

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .files import whole_file
+from .files import save_tensors, whole_file
 
 FORMAT = "cove.correspondence.1"
 
@@ -97,13 +96,11 @@ class Correspondence:
                 f"rectangle {height}x{width} at row {top}, column {left} leaves the grid of {self.height}x{self.width}"
             )
 
-        def cropped(matches: Tensor) -> Tensor:
-            inside = matches.unflatten(1, (self.height, self.width))[:, top : top + height, left : left + width]
-            rows = (inside // self.width - top).clamp(0, height - 1)
-            columns = (inside % self.width - left).clamp(0, width - 1)
-            return (rows * width + columns).flatten(1, 2)
-
-        return Correspondence(cropped(self.forward), cropped(self.backward), height, width, self.window)
+        forward, backward = (
+            crop_matches(matches, (self.height, self.width), top, left, height, width)
+            for matches in (self.forward, self.backward)
+        )
+        return Correspondence(forward, backward, height, width, self.window)
 
     def to(self, device: torch.device | str) -> Correspondence:
         """The same on another device."""
@@ -113,10 +110,10 @@ class Correspondence:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file, under a temporary name and then renamed: a kill leaves the old file or none."""
-        tensors = {"forward": self.forward.cpu().contiguous(), "backward": self.backward.cpu().contiguous()}
+        tensors = {"forward": self.forward, "backward": self.backward}
         metadata = {"format": FORMAT} | {name: str(getattr(self, name)) for name in ("height", "width", "window")}
         with whole_file(path) as temporary:
-            save_file(tensors, temporary, metadata)
+            save_tensors(tensors, temporary, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Correspondence:
@@ -137,6 +134,14 @@ class Correspondence:
         if any(((matches < 0) | (matches >= tokens)).any() for matches in (found.forward, found.backward)):
             raise ValueError(f"{path} is damaged: it names tokens outside its grid of {found.height}x{found.width}")
         return found
+
+
+def crop_matches(matches: Tensor, grid: tuple[int, int], top: int, left: int, height: int, width: int) -> Tensor:
+    """Matches between grids of tokens, [n, height*width, k], on a rectangle; outside becomes the nearest inside."""
+    inside = matches.unflatten(1, grid)[:, top : top + height, left : left + width]
+    rows = (inside // grid[1] - top).clamp(0, height - 1)
+    columns = (inside % grid[1] - left).clamp(0, width - 1)
+    return (rows * width + columns).flatten(1, 2)
 
 
 def check_window(window: int, k: int, height: int, width: int) -> None:

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from .files import whole_file
+from .files import save_tensors, whole_file
 
 FORMAT = "cove.inversion.1"
 # Sigmas that differ by less are the same: grids come from float32 schedules.
@@ -94,14 +94,14 @@ class Inversion:
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file, under a temporary name and then renamed: a kill leaves the old file or none."""
         with whole_file(path) as temporary:
-            save_file(self._tensors(), temporary, {"format": FORMAT, "about": json.dumps(dict(self.about))})
+            save_tensors(self._tensors(), temporary, {"format": FORMAT, "about": json.dumps(dict(self.about))})
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {name: getattr(self, name) for name in _TENSORS}
         tensors |= {f"conditioning.{name}": tensor for name, tensor in self.conditioning.items()}
         for step, features in self.features.items():
             tensors |= {f"features.{step}.{site}": tensor for site, tensor in features.items()}
-        return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        return tensors
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Inversion:
@@ -145,7 +145,7 @@ def on_disk(tensors: Mapping[str, Tensor], folder: str | os.PathLike) -> dict[st
     """
     path = Path(folder) / f"{uuid.uuid4().hex}.safetensors"
     try:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
+        save_tensors(tensors, path)
         return load_file(path)
     finally:
         with suppress(OSError):
@@ -174,9 +174,9 @@ class UnfinishedInversion:
             self._forget_others()
         self.folder.mkdir(parents=True, exist_ok=True)
         # Copies, because two of them may be one: where refining makes the residual grow, x is the guess.
-        copies = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+        copies = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
         with whole_file(self._path(step)) as temporary:
-            save_file(copies, temporary)
+            save_tensors(copies, temporary)
 
     def discard(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

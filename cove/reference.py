@@ -119,3 +119,43 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
         weights = torch.softmax(keys[:, head] @ query[head] / math.sqrt(width), dim=0)
         parts.append(weights @ values[:, head])
     return torch.cat(parts)
+
+
+def around(frame: int, keyframes: list[int], blend_keyframes: bool = True) -> tuple[int, int]:
+    """The closest keyframe before a frame and the closest one from it on; TokenFlow (arXiv 2307.10373), section 4.2."""
+    past = [keyframe for keyframe in keyframes if keyframe < frame]
+    future = [keyframe for keyframe in keyframes if keyframe >= frame]
+    if frame in keyframes and not blend_keyframes:
+        past = []
+    return max(past or future[:1]), min(future or past[-1:])
+
+
+def nearest_token(tokens: Tensor, frame: int, token: int, keyframe: int) -> int:
+    """TokenFlow, Eq. 4, for one token of the source, [frames, tokens, channels]."""
+    if frame == keyframe:
+        return token
+    query, keys = tokens[frame, token], tokens[keyframe]
+    return max(range(len(keys)), key=lambda q: float(torch.dot(query, keys[q]) / (query.norm() * keys[q].norm())))
+
+
+def tokenflow_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    source: Tensor,
+    keyframes: list[int],
+    heads: int,
+    blend_keyframes: bool = True,
+) -> Tensor:
+    """TokenFlow's self-attention of one clip, token by token: Eq. 3 to 6; all of [frames, tokens, channels]."""
+    result = torch.empty_like(query)
+    together = [torch.cat([x[keyframe] for keyframe in keyframes]) for x in (key, value)]
+    for i in range(len(query)):
+        past, future = around(i, keyframes, blend_keyframes)
+        for p in range(query.shape[1]):
+            before = attend(query[past, nearest_token(source, i, p, past)], *together, heads)
+            after = attend(query[future, nearest_token(source, i, p, future)], *together, heads)
+            share = (i - past) / (future - past) if past != future else 1
+            weight = 1 / (1 + math.exp(-share))
+            result[i, p] = weight * after + (1 - weight) * before
+    return result

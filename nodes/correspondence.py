@@ -87,7 +87,8 @@ class SaveCorrespondence(io.ComfyNode):
     @classmethod
     def execute(cls, correspondence, filename_prefix) -> io.NodeOutput:
         path = _host.place_to_save(filename_prefix, ENDING, "Save Correspondence")
-        correspondence.save(path)
+        with _host.saving("Save Correspondence"):
+            correspondence.save(path)
         _host.say(cls, f"saved as {path.name}, {path.stat().st_size / 2**20:.1f} MiB")
         return io.NodeOutput()
 

@@ -96,6 +96,7 @@ class DDIMInversion(io.ComfyNode):
         node = "DDIM Inversion"
         _host.unet_of(model, node)
         _host.check_without(model, _host.INJECTION_KEY, "Feature Injection", node)
+        _host.check_without(model, _host.TOKENFLOW_KEY, "TokenFlow", node)
         try:
             timesteps = ddim.inversion_timesteps(steps, sampling_steps)
         except ValueError as error:

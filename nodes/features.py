@@ -91,6 +91,7 @@ class DiffusionFeatures(io.ComfyNode):
         unet = _host.unet_of(model, node)
         _host.check_without(model, _host.ATTENTION_KEY, "Correspondence Attention", node)
         _host.check_without(model, _host.INJECTION_KEY, "Feature Injection", node)
+        _host.check_without(model, _host.TOKENFLOW_KEY, "TokenFlow", node)
         layer = _host.decoder_level_end(unet, level, node)
         grids = sorted(set(_host.self_attention_levels(unet).values()))
         if attention_level >= len(grids):

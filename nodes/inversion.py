@@ -36,7 +36,8 @@ class SaveInversion(io.ComfyNode):
     def execute(cls, inversion, filename_prefix) -> io.NodeOutput:
         path = _host.place_to_save(filename_prefix, ENDING, "Save Inversion")
         _host.check_space(path.parent, inversion.bytes, "Save Inversion")
-        inversion.save(path)
+        with _host.saving("Save Inversion"):
+            inversion.save(path)
         _host.say(cls, f"saved as {path.name}, {path.stat().st_size / 2**20:.1f} MiB")
         return io.NodeOutput()
 

@@ -53,6 +53,11 @@ class ReconstructionCheck(io.ComfyNode):
                     f"Reconstruction Check: source is {_spell(clips['source'])}, but {name} is {_spell(clip)}. Make "
                     f"both from the same frames."
                 )
+        if min(source.shape[1:3]) < metrics.SSIM_WINDOW:
+            raise ValueError(
+                f"Reconstruction Check: expected frames of {metrics.SSIM_WINDOW}x{metrics.SSIM_WINDOW} pixels or more, "
+                f"got {_spell(source)}. Load larger frames."
+            )
         # Against what the VAE leaves where it is known: the inversion never saw more.
         reference = clips.get("vae_only", clips["source"])
         back = metrics.psnr(clips["reconstruction"], reference)

@@ -116,7 +116,7 @@ def nodes(pack) -> dict[str, type]:
 @pytest.fixture(scope="session")
 def cove(pack):
     """The pack's own `cove.correspondence`, `cove.reference` and so on: classes are the same as in its nodes."""
-    names = ("correspondence", "reference", "ddim")
+    names = ("correspondence", "reference", "ddim", "tokenflow")
     return SimpleNamespace(**{name: importlib.import_module(f"{pack.__name__}.cove.{name}") for name in names})
 
 

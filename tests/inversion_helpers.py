@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from tests.helpers import call, latents, prompt
+from tests.helpers import WINDOWS, call, latents, prompt
 
 SD15 = {"context_dim": 768, "adm_in_channels": None, "use_linear_in_transformer": False, "transformer_depth_middle": 1}
 UNETS = {
@@ -111,6 +111,11 @@ def inject(nodes, model, inversion, **settings):
     return call(nodes["FeatureInjection"], model=model, inversion=inversion, **settings)[0]
 
 
+def flow(nodes, model, inversion, every=2, **settings):
+    """MODEL out of TokenFlow, with a keyframe in every two frames unless told."""
+    return call(nodes["TokenFlow"], model=model, inversion=inversion, every=every, **settings)[0]
+
+
 def sample(nodes, model, noise, positive=None, negative=None, steps=3, cfg=2.0):
     """Edited latents."""
     wires = {"model": model, "noise": noise, "positive": positive or prompt(2), "negative": negative or prompt(3)}
@@ -205,6 +210,64 @@ def edited_at(model, inversion, step, positive=None, negative=None, cfg=2.0):
         positive, negative = positive or prompt(2), negative or prompt(3)
         answer = ask(model, noise_like(inversion), down(inversion), -2 - step, positive, negative, cfg)
     return calls, answer
+
+
+# --- TokenFlow ---
+
+
+def keyframes_of(cove, inversion, step, every, seed=0):
+    """One draw for each step before this one, from the noisiest on."""
+    generator = torch.Generator().manual_seed(seed)
+    draws = len(inversion.guesses) - step
+    return [cove.tokenflow.choose_keyframes(inversion.frames, every, generator) for _ in range(draws)][-1]
+
+
+def part_of(inversion, frames):
+    """The inversion of some of the frames, without features."""
+    cut = {name: getattr(inversion, name)[frames] for name in ("clip", "noise")}
+    return replace(inversion, **cut, guesses=inversion.guesses[:, frames], features={})
+
+
+def joint(nodes, model):
+    """MODEL with attention among all frames, and nothing else."""
+    return call(nodes["CorrespondenceAttention"], model=model)[0]
+
+
+def answer_at(model, inversion, step, positive=None, negative=None, cfg=2.0):
+    """The answer for an edit at this step."""
+    positive, negative = positive or prompt(2), negative or prompt(3)
+    return ask(model, noise_like(inversion), down(inversion), -2 - step, positive, negative, cfg)
+
+
+# --- windows ---
+
+
+def windows_of(model, order, patched):
+    """MODEL with core's context windows, or AnimateDiff-Evolved's, before or after it is patched; of 5 frames."""
+    from comfy_extras.nodes_context_windows import ContextWindowsManualNode
+
+    def core(model):
+        return ContextWindowsManualNode.execute(model, **WINDOWS | {"context_length": 3}).args[0]
+
+    def evolved(model):
+        def cut(executor, model, conds, x, timestep, model_options):
+            total, count = [torch.zeros_like(x) for _ in conds], torch.zeros(len(x), 1, 1, 1)
+            for frames in ([0, 1, 2], [2, 3, 4]):
+                model_options["transformer_options"]["ad_params"]["sub_idxs"] = frames
+                parts = executor(model, conds, x[frames], timestep[frames], model_options)
+                for whole, part in zip(total, parts, strict=True):
+                    whole[frames] += part
+                count[frames] += 1
+            model_options["transformer_options"]["ad_params"]["sub_idxs"] = None
+            return [whole / count for whole in total]
+
+        model = model.clone()
+        model.model_options["transformer_options"]["ad_params"] = {"sub_idxs": None}
+        model.add_wrapper_with_key("calc_cond_batch", "ADE", cut)
+        return model
+
+    cut = core if "core" in order else evolved
+    return patched(cut(model)) if order.endswith("before") else cut(patched(model))
 
 
 # --- two inversions ---

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -47,10 +48,10 @@ def fresh(code):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def full_disk(tensors, path):
-    """In place of `save_file`: no room for the second half."""
+def full_disk(tensors, path, metadata=None):
+    """In place of `save_file`: no room for the second half, and the error that safetensors has for that."""
     path.write_bytes(b"half")
-    raise OSError("No space left on device")
+    raise SafetensorError("Error while serializing: I/O error: No space left on device")
 
 
 def half_is_as_good(fast, plain, exact):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cove import correspondence, reference
+from cove import correspondence, files, reference
 from cove.correspondence import Correspondence, check_window, find_correspondence
 from tests.method_helpers import DEVICES, PEAK, Held, fresh, randn
 
@@ -190,7 +190,7 @@ def test_a_failing_save_keeps_the_old_file(matches, tmp_path, monkeypatch):
         target.write_bytes(old[: len(old) // 2])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(correspondence, "save_file", half)
+    monkeypatch.setattr(files, "save_file", half)
     with pytest.raises(KeyboardInterrupt):
         matches.save(path)
     assert path.read_bytes() == old and os.listdir(tmp_path) == ["a.safetensors"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cove import inversion
+from cove import files
 from cove.correspondence import Correspondence
 from cove.inversion import FORMAT, Inversion, on_disk
 from tests.method_helpers import PEAK, ROOT, assert_same, fresh, full_disk, randn
@@ -144,7 +144,7 @@ def test_a_failing_save_keeps_the_old_file(full, tmp_path, monkeypatch):
         target.write_bytes(old[: len(old) // 2])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(inversion, "save_file", half)
+    monkeypatch.setattr(files, "save_file", half)
     for target in (path, tmp_path / "b.safetensors"):
         with pytest.raises(KeyboardInterrupt):
             make().save(target)
@@ -341,7 +341,7 @@ def test_on_disk_leaves_no_name(tmp_path):
 
 
 def test_on_disk_leaves_no_name_when_the_disk_is_full(tmp_path, monkeypatch):
-    monkeypatch.setattr(inversion, "save_file", full_disk)
+    monkeypatch.setattr(files, "save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         on_disk({"a": randn(3, 5)}, tmp_path)
     assert os.listdir(tmp_path) == []

@@ -119,7 +119,7 @@ def test_a_model_with_injection_is_for_sampling_only(small, nodes):
 
 def test_an_inversion_of_another_checkpoint(small, nodes):
     _, inversion = invert(nodes, tiny(seed=1), steps=1)
-    with refused("Feature Injection", "another checkpoint", "Load the checkpoint it was made with"):
+    with refused("Feature Injection", "another checkpoint", "Load the checkpoint as it was then"):
         inject(nodes, small, inversion)
 
 

@@ -8,8 +8,21 @@ import torch
 from torch.testing import assert_close
 
 from scripts.random_models import FAMILIES
-from tests.helpers import FRAMES, HEIGHT, WIDTH, WINDOWS, latents, prompt, state_of
-from tests.inversion_helpers import ALL, SITES, ask, down, edited_at, inject, invert, sample, source_at, tiny, watched
+from tests.helpers import FRAMES, HEIGHT, WIDTH, latents, prompt, state_of
+from tests.inversion_helpers import (
+    ALL,
+    SITES,
+    ask,
+    down,
+    edited_at,
+    inject,
+    invert,
+    sample,
+    source_at,
+    tiny,
+    watched,
+    windows_of,
+)
 
 # --- what is put back is what was there ---
 
@@ -243,34 +256,6 @@ def test_areas_of_one_size_in_one_batch_get_each_its_own_part(small, nodes):
     expected = [source[:, :, 0:3, 2:6], source[:, :, 2:5, 1:5]]
     found = part.at["resnet.3.0"].chunk(2)
     assert any(all(map(torch.equal, found, order)) for order in (expected, expected[::-1]))
-
-
-def windows_of(model, order, injected):
-    """MODEL with core's context windows, or AnimateDiff-Evolved's, before or after the injection."""
-    from comfy_extras.nodes_context_windows import ContextWindowsManualNode
-
-    def core(model):
-        return ContextWindowsManualNode.execute(model, **WINDOWS | {"context_length": 3}).args[0]
-
-    def evolved(model):
-        def cut(executor, model, conds, x, timestep, model_options):
-            total, count = [torch.zeros_like(x) for _ in conds], torch.zeros(len(x), 1, 1, 1)
-            for frames in ([0, 1, 2], [2, 3, 4]):
-                model_options["transformer_options"]["ad_params"]["sub_idxs"] = frames
-                parts = executor(model, conds, x[frames], timestep[frames], model_options)
-                for whole, part in zip(total, parts, strict=True):
-                    whole[frames] += part
-                count[frames] += 1
-            model_options["transformer_options"]["ad_params"]["sub_idxs"] = None
-            return [whole / count for whole in total]
-
-        model = model.clone()
-        model.model_options["transformer_options"]["ad_params"] = {"sub_idxs": None}
-        model.add_wrapper_with_key("calc_cond_batch", "ADE", cut)
-        return model
-
-    cut = core if "core" in order else evolved
-    return injected(cut(model)) if order.endswith("before") else cut(injected(model))
 
 
 @pytest.mark.parametrize("order", ["core before", "core after", "evolved before", "evolved after"])

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from cove import inversion
+import cove.files
 from cove.inversion import UnfinishedInversion
 from tests.method_helpers import assert_same, full_disk, randn
 
@@ -82,7 +82,7 @@ def test_a_step_that_cannot_be_read_ends_them(unfinished, step, damage):
 
 def test_a_step_that_could_not_be_written_is_not_there(unfinished, monkeypatch):
     before = files(unfinished)
-    monkeypatch.setattr(inversion, "save_file", full_disk)
+    monkeypatch.setattr(cove.files, "save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         unfinished.add(STEPS, RECORDS[0])
     assert files(unfinished) == before

@@ -7,11 +7,10 @@ from comfy_api.v0_0_2 import io
 
 from .attention import GuidedSelfAttention, guide_self_attention
 from .demo import load_demo
-from .files import check_space, is_there, path_of, place_to_save, saved_files, state_of
+from .files import check_space, is_there, path_of, place_to_save, saved_files, saving, state_of
 from .injection import KEY as INJECTION_KEY
 from .injection import inject, sites_of
 from .inversion import (
-    MEMORY,
     RECOMPUTE,
     STORAGES,
     check_fits,
@@ -34,6 +33,8 @@ from .sampling import (
     run_unet,
     say,
 )
+from .tokenflow import KEY as TOKENFLOW_KEY
+from .tokenflow import flow_tokens
 from .told import KEY as ATTENTION_KEY
 
 FeaturesType = io.Custom("COVE_FEATURES")
@@ -44,9 +45,9 @@ __all__ = [
     "ATTENTION_KEY",
     "GRID_KEY",
     "INJECTION_KEY",
-    "MEMORY",
     "RECOMPUTE",
     "STORAGES",
+    "TOKENFLOW_KEY",
     "CorrespondenceType",
     "FeaturesType",
     "GuidedSelfAttention",
@@ -62,6 +63,7 @@ __all__ = [
     "check_without",
     "conditioning_of",
     "decoder_level_end",
+    "flow_tokens",
     "grid_at",
     "guide_self_attention",
     "inject",
@@ -76,6 +78,7 @@ __all__ = [
     "run",
     "run_unet",
     "saved_files",
+    "saving",
     "say",
     "self_attention_levels",
     "sigmas_at",

@@ -103,7 +103,7 @@ def guide_self_attention(
     """A clone of MODEL whose self-attention is spatial-temporal and, on the correspondence's grid, guided by it."""
     levels = self_attention_levels(unet_of(model, node))
     model = model.clone()
-    _check_slots(model.model_options, node)
+    check_slots(model.model_options, node)
     sampling = model.get_model_object("model_sampling")
     start, end = (sampling.percent_to_sigma(percent) for percent in (start_percent, end_percent))
     # percent_to_sigma(1.0) is 0; the smallest sigma sampled is above it.
@@ -119,7 +119,7 @@ def guide_self_attention(
     return model
 
 
-def _check_slots(model_options: dict[str, Any], node: str, patches: dict[Block, GuidedSelfAttention] | None = None):
+def check_slots(model_options: dict[str, Any], node: str, patches: dict[Block, Any] | None = None):
     """An error when self-attention is replaced by somebody else, or sees another number of tokens."""
     options = model_options.get("transformer_options", {})
     for slot, patch in options.get("patches_replace", {}).get("attn1", {}).items():
@@ -127,7 +127,7 @@ def _check_slots(model_options: dict[str, Any], node: str, patches: dict[Block, 
             raise ValueError(
                 f"{node}: self-attention of block {slot[0]} {slot[1]} is already replaced by "
                 f"{getattr(patch, '__module__', type(patch).__module__)}. One node can replace it: take the other off "
-                f"this model (a second Correspondence Attention counts, too)."
+                f"this model (a second Correspondence Attention or TokenFlow counts, too)."
             )
     for patch in options.get("patches", {}).get("attn1_patch", []):
         # The host names the modules of its extra nodes by their path, without the ending.
@@ -139,7 +139,7 @@ def _check_slots(model_options: dict[str, Any], node: str, patches: dict[Block, 
 def _check_run(node: str, patches: dict[Block, GuidedSelfAttention], executor, noise: Tensor, *args, **kwargs):
     """Before a run: does what comes fit the correspondence, and is the patch still in its place?"""
     guider = executor.class_obj
-    _check_slots(guider.model_options, node, patches)
+    check_slots(guider.model_options, node, patches)
     correspondence = next(iter(patches.values())).correspondence
     if correspondence is not None:
         _check_fit(correspondence, noise, {patch.level for patch in patches.values()}, node)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import folder_paths
@@ -23,7 +25,9 @@ def saved_files(ending: str) -> list[str]:
     found = []
     for kind in ("output", "input"):
         root = Path(folder_paths.get_directory_by_type(kind))
-        found += [(path.stat().st_mtime, path.relative_to(root).as_posix(), kind) for path in root.rglob(f"*{ending}")]
+        for path in root.rglob(f"*{ending}"):
+            with suppress(OSError):  # a link to nowhere, or a file that has gone meanwhile
+                found.append((path.stat().st_mtime, path.relative_to(root).as_posix(), kind))
     return [f"{name} [{kind}]" for _, name, kind in sorted(found, reverse=True)]
 
 
@@ -37,6 +41,15 @@ def is_there(file: str | None, node: str) -> bool | str:
     if file is None or path_of(file).is_file():
         return True
     return f'{node}: there is no file "{file}". Refresh the page (R) and choose another.'
+
+
+@contextmanager
+def saving(node: str) -> Iterator[None]:
+    """Around what writes a file: an error of the disk names the node, and says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{node}: {error}. Make room, or choose another folder, and queue again.") from error
 
 
 def check_space(folder: Path, size: int, node: str) -> None:

@@ -10,22 +10,17 @@ from functools import partial
 from typing import Any
 
 import comfy.patcher_extension
-import comfy.sampler_helpers
-import comfy.samplers
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from torch import Tensor
 
 from ...cove.injection import ATTENTION, RESNET, Site, choose_blocks, put_back
-from ...cove.inversion import Inversion, step_at
+from ...cove.inversion import Inversion
 from .model import block_levels, grid_at, transformers_of, unet_of
-from .sampling import check_hints
-from .told import KEY as TOLD
-from .told import area_of, latent_size, tell_areas, told_of, window_of
+from .source import FEATURES, RUNNING, SourceBranch, check_meets, check_one_prompt, options_with
+from .told import area_of, latent_size, tell_areas, window_of
 
-KEY = "cove_injection"
-# In transformer_options, for the calls of the UNet within: `Taking` or `Giving`; for a run: `_Source`.
-FEATURES, SOURCE = "cove_features", "cove_source"
+KEY, COMPUTED = "cove_injection", "cove_injection_computed"
 
 WRAPPERS = comfy.patcher_extension.WrappersMP
 
@@ -82,6 +77,11 @@ class Taking:
     sites: frozenset[str]
     node: str
     taken: dict[Frames, dict[str, Tensor]] = field(default_factory=dict)
+    prompt: Any = None  # the uuid of the conditioning they were taken of
+
+    def forget(self) -> None:
+        """What was taken; the next pass of the UNet is of other latents."""
+        self.taken, self.prompt = {}, None
 
     def of_clip(self) -> dict[str, Tensor]:
         """What was taken of the whole clip at once."""
@@ -94,12 +94,9 @@ class Taking:
 
     def at(self, site: Site, value: Tensor, options: dict[str, Any]) -> Tensor:
         if str(site) in self.sites:
-            if len(options["cond_or_uncond"]) != 1 or area_of(options, options["uuids"][0]) is not None:
-                raise ValueError(
-                    f"{self.node}: features can be taken of one source prompt for the whole picture, but "
-                    f"{len(options['cond_or_uncond'])} conditionings or one with an area ran. Use a plain prompt."
-                )
-            self.taken.setdefault(_frames_of(options), {})[str(site)] = value
+            self.prompt = check_one_prompt(options, self.node, self.prompt)
+            # The first pass is the source's. Guidance such as PAG runs the UNet again with something changed in it.
+            self.taken.setdefault(_frames_of(options), {}).setdefault(str(site), value)
         return value
 
 
@@ -114,14 +111,15 @@ class Giving:
     levels: Mapping[tuple[str, int], int]
 
     def at(self, site: Site, value: Tensor, options: dict[str, Any]) -> Tensor:
-        frames = _frames_of(options)
-        of = frames if frames in self.features else None
-        features = self.features.get(of, {}).get(str(site))
+        features = self._of_frames(site, _frames_of(options))
         if features is None:
             return value
-        if of != frames:
-            features = features[list(frames)]
         whole = grid_at(latent_size(options), level := self.levels["output", site.block])
+        if site.kind == ATTENTION and features.shape[1] != math.prod(whole):
+            raise ValueError(
+                f"Feature Injection: expected a grid of {whole[0]}x{whole[1]} tokens, got {features.shape[1]} tokens. "
+                f"Another node changes them (ToMe, HyperTile, Deep Shrink or the like); take it off this model."
+            )
         rows = 1 if site.kind == ATTENTION else 2  # the axis of the height, channels last or first
         grid = features.unflatten(1, whole) if site.kind == ATTENTION else features
         chunks = []
@@ -134,6 +132,15 @@ class Giving:
             part = part.flatten(1, 2) if site.kind == ATTENTION else part
             chunks.append(put_back(chunk, part, 1))
         return torch.cat(chunks)
+
+    def _of_frames(self, site: Site, frames: Frames) -> Tensor | None:
+        """Features of these frames, or those among the features of more frames: TokenFlow runs on keyframes alone."""
+        if frames is None or frames in self.features:
+            return self.features.get(frames, {}).get(str(site))
+        for known, features in self.features.items():
+            if str(site) in features and (known is None or set(frames) <= set(known)):
+                return features[str(site)][[frame if known is None else known.index(frame) for frame in frames]]
+        return None
 
 
 def _self_attention(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]):
@@ -170,11 +177,6 @@ def with_sites(model):
     return model
 
 
-def options_with(model_options: dict[str, Any], **told) -> dict[str, Any]:
-    """A copy of model_options with more told to the blocks."""
-    return {**model_options, "transformer_options": {**model_options.get("transformer_options", {}), **told}}
-
-
 # --- injection ---
 
 
@@ -182,16 +184,14 @@ def options_with(model_options: dict[str, Any], **told) -> dict[str, Any]:
 class _Injection:
     """What Feature Injection was set to. Nothing in it changes in a run."""
 
-    inversion: Inversion
-    conditioning: list | None  # of the source; None when nothing has to be computed again
+    source: SourceBranch
     sites: tuple[Site, ...]
     steps: Mapping[str, int]  # by kind of site
     levels: Mapping[tuple[str, int], int]
-    node: str
 
-    def __deepcopy__(self, memo: dict) -> _Injection:
-        """Itself: MODEL.clone() copies its options deeply, and features are large."""
-        return self
+    @property
+    def inversion(self) -> Inversion:
+        return self.source.inversion
 
     def active(self, kind: str, sigma: float, sample_sigmas: Tensor) -> bool:
         """Whether a call at `sigma` belongs to the first steps of sampling with `sample_sigmas`."""
@@ -214,13 +214,6 @@ class _Injection:
         return {str(site) for site in self.sites if self.active(site.kind, sigma, sample_sigmas)}
 
 
-@dataclass(frozen=True, eq=False)
-class _Source:
-    """The source prompt, made ready for one run."""
-
-    conds: list[dict]
-
-
 def inject(
     model,
     inversion: Inversion,
@@ -235,68 +228,43 @@ def inject(
     if model.get_wrappers(WRAPPERS.CALC_COND_BATCH, KEY):
         raise ValueError(f"{node}: expected a model without Feature Injection, got one with it. Take one of them off.")
     steps = {RESNET: resnet_steps, ATTENTION: attention_steps}
-    injection = _Injection(inversion, conditioning, sites, steps, block_levels(unet), node)
+    source = SourceBranch(inversion, conditioning, KEY, node)
+    injection = _Injection(source, sites, steps, block_levels(unet))
     model = with_sites(model)
-    if conditioning is not None:
-        conds = {"source": comfy.sampler_helpers.convert_cond(conditioning)}
-        nets, _ = comfy.sampler_helpers.get_additional_models(conds, model.model_dtype())
-        model.set_additional_models(KEY, nets)
+    source.load_with(model)
     model.add_wrapper_with_key(WRAPPERS.OUTER_SAMPLE, KEY, partial(_check_run, injection))
     model.add_wrapper_with_key(WRAPPERS.SAMPLER_SAMPLE, KEY, partial(_with_source, injection))
     model.add_wrapper_with_key(WRAPPERS.CALC_COND_BATCH, KEY, partial(_run_injected, injection))
     return model
 
 
-def check_meets(inverted: Tensor, sigmas: list[float], node: str) -> None:
-    """An error that names both grids when an inversion through the sigmas `inverted` was not at some of these."""
-    missed = [sigma for sigma in sigmas if step_at(inverted, sigma) is None]
-    if missed:
-        raise ValueError(
-            f"{node}: features are put back at sigmas that the inversion went through, but of the {len(sigmas)} wanted "
-            f"it missed {len(missed)}. Inversion: {_spell(inverted[1:].flip(0).tolist())}. Sampling: "
-            f"{_spell(sigmas)}. Set `sampling_steps` of DDIM Inversion to the sampler's steps, its `steps` to a "
-            f"multiple of them, and use the same checkpoint for both."
-        )
-
-
-def _spell(sigmas: list[float]) -> str:
-    texts = [f"{sigma:.4g}" for sigma in sigmas]
-    return f"{len(texts)} steps, sigma {', '.join(texts if len(texts) < 7 else [*texts[:3], '...', *texts[-2:]])}"
-
-
 def _check_run(injection: _Injection, executor, noise: Tensor, latent_image, sampler, sigmas: Tensor, *args, **kwargs):
     """Before a run: are these the clip and the grid of the inversion?"""
-    inversion, node = injection.inversion, injection.node
-    if noise.shape != inversion.clip.shape:
-        raise ValueError(
-            f"{node}: the inversion is of latents {list(inversion.clip.shape)}, but {list(noise.shape)} are sampled. "
-            f"Give the sampler the noise of the same inversion."
-        )
+    source = injection.source
+    source.check_clip(noise)
     wanted = [sigma for sigma in map(float, sigmas[:-1]) if injection.names_at(sigma, sigmas)]
-    check_meets(inversion.sigmas, wanted, node)
+    check_meets(source.inversion.sigmas, wanted, source.node)
     if injection.needs_source(sigmas):
-        if injection.conditioning is None:
-            raise ValueError(
-                f"{node}: the features at these sites and steps are not stored, and this inversion's source prompt "
-                f"cannot be: connect the conditioning that DDIM Inversion had."
-            )
-        options = executor.class_obj.model_options
-        check_hints([extras for _, extras in injection.conditioning], len(noise), options, node)
+        source.check_prompt(len(noise), executor.class_obj.model_options)
     return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
 
 
+@dataclass(eq=False)
+class _Computed:
+    """What a run computed of the source last, for guidance that runs the UNet again with something changed in it (PAG):
+    the source is given as it is."""
+
+    step: int = -1
+    features: dict[Frames, dict[Frames, dict[str, Tensor]]] = field(default_factory=dict)  # by the frames of the call
+
+
 def _with_source(injection: _Injection, executor, guider, sigmas, extra_args, callback, noise, *args, **kwargs):
-    """Around a run: the source prompt made ready as the host makes ready those of the guider."""
+    """Around a run: the source prompt, if it is needed."""
     if not injection.needs_source(sigmas):
         return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
-    conds = {"positive": comfy.sampler_helpers.convert_cond(injection.conditioning)}
-    try:
-        comfy.samplers.process_conds(guider.inner_model, noise, conds, noise.device, seed=extra_args.get("seed"))
-        source = _Source(conds["positive"])
-        extra_args = {**extra_args, "model_options": options_with(extra_args["model_options"], **{SOURCE: source})}
+    with injection.source.ready(guider, extra_args, noise) as extra_args:
+        extra_args["model_options"] = options_with(extra_args["model_options"], **{COMPUTED: _Computed()})
         return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
-    finally:
-        comfy.sampler_helpers.cleanup_models(conds, [])
 
 
 def _run_injected(injection: _Injection, executor, model, conds, x_in: Tensor, timestep: Tensor, model_options):
@@ -304,21 +272,19 @@ def _run_injected(injection: _Injection, executor, model, conds, x_in: Tensor, t
     options = model_options.get("transformer_options", {})
     sigma = float(timestep[0])
     names = injection.names_at(sigma, options["sample_sigmas"])
-    if not names:
+    if not names or options.get(RUNNING):
         return executor(model, conds, x_in, timestep, model_options)
-    inversion = injection.inversion
-    step = inversion.step_at(sigma)
-    if step is None:
-        check_meets(inversion.sigmas, [sigma], injection.node)  # a sampler that looks between the steps of its grid
+    step = injection.source.step_at(sigma)
     stored = injection.stored_for(step, names)
     if stored is None:
-        taking = Taking(frozenset(names), injection.node)
-        guess, source = inversion.guesses[step], [options[SOURCE].conds]
-        # Windows are cut outside of this wrapper or inside of it, by when which node was applied.
-        guess = (guess if len(x_in) == len(guess) else guess[window_of(options)]).to(x_in)
-        told = {FEATURES: taking, TOLD: told_of(source, guess)}
-        executor(model, source, guess, timestep, options_with(model_options, **told))
-        features = taking.taken
+        computed, frames = options[COMPUTED], _frames_of(options)
+        if computed.step != step:
+            computed.step, computed.features = step, {}
+        if frames not in computed.features:
+            taking = Taking(frozenset(names), injection.source.node)
+            injection.source.run(executor, model, step, x_in, timestep, model_options, **{FEATURES: taking})
+            computed.features[frames] = taking.taken
+        features = computed.features[frames]
     else:
         features = {None: {name: stored[name] for name in names}}
     giving = Giving(features, injection.levels)
@@ -330,7 +296,7 @@ def _run_injected(injection: _Injection, executor, model, conds, x_in: Tensor, t
 
 @contextmanager
 def taking_features(model_options: dict[str, Any], sites: tuple[Site, ...], node: str) -> Iterator[Taking]:
-    """While the block runs, calls with these model_options take features; each call replaces what the last took."""
+    """While the block runs, calls with these model_options take features."""
     taking = Taking(frozenset(map(str, sites)), node)
     model_options["transformer_options"][FEATURES] = taking
     try:

@@ -6,6 +6,7 @@ import logging
 import math
 import shutil
 import uuid
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ import comfy.model_management
 import folder_paths
 import torch
 from comfy.controlnet import ControlBase
+from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor
 
 from ...cove import __version__, ddim
@@ -22,12 +24,14 @@ from ...cove.fingerprint import fingerprint
 from ...cove.injection import Site
 from ...cove.inversion import Inversion, UnfinishedInversion, on_disk, step_at
 from . import injection, sampling
+from .files import saving
 from .sampling import GRID_KEY, preview, run
+from .source import check_meets
 
 RECOMPUTE, MEMORY, DISK = "recompute", "memory", "disk"
 STORAGES = (RECOMPUTE, MEMORY, DISK)
-# Things whose content is not known count as themselves, and only while this process runs.
-PROCESS = uuid.uuid4().hex
+# Things whose content is not known count as themselves, as long as they live: addresses are used again.
+_NAMES: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 
 # --- recognising models, prompts and what else decides an inversion ---
@@ -54,9 +58,9 @@ def _run_fingerprint(model, conditioning, samples: Tensor, sigmas: Tensor, refin
         for kind, some in model.wrappers.items()
     }
     others = {name: value for name, value in options.items() if name != "transformer_options"}
-    lora = str(model.patches_uuid) if model.patches else ""
     return fingerprint(
-        *(model_fingerprint(model), lora, patches, others, wrappers, dict(model.object_patches)),
+        *(model_fingerprint(model), dict(model.patches), patches, others, wrappers, dict(model.object_patches)),
+        *(dict(model.injections), dict(model.hook_patches), model.forced_hooks),
         *(
             str(model.model.get_dtype()),
             str(model.load_device),
@@ -71,15 +75,24 @@ def _run_fingerprint(model, conditioning, samples: Tensor, sigmas: Tensor, refin
 
 
 def _content(thing: Any) -> Any:
-    """What stands for a thing of the host's: its content where that is known, else itself in this process."""
+    """What stands for a thing of the host's: its content where that is known, else a name nothing else ever has."""
+    if isinstance(thing, torch.dtype | torch.device):
+        return str(thing)
+    if isinstance(thing, WeightAdapterBase):
+        return type(thing).__qualname__, thing.weights
     if isinstance(thing, ControlBase):
         net = getattr(thing, "control_model", None)
         weights = [weight.detach().flatten()[:256].cpu() for weight in net.parameters()][::16] if net else None
         hint = getattr(thing, "cond_hint_original", None)
-        settings = (thing.strength, thing.timestep_percent_range, thing.global_average_pooling)
+        settings = (thing.strength, thing.timestep_percent_range, thing.global_average_pooling, thing.extra_args)
+        more = (thing.extra_concat_orig, thing.vae)
         if weights is not None:
-            return type(thing).__qualname__, settings, hint, weights, thing.previous_controlnet
-    return PROCESS, id(thing)
+            return type(thing).__qualname__, settings, more, hint, weights, thing.previous_controlnet
+    name = uuid.uuid4().hex
+    try:
+        return _NAMES.setdefault(thing, name)
+    except TypeError:  # it cannot be told from its like, so it is never taken for what it was before
+        return name
 
 
 def source_prompt(conditioning) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -109,12 +122,12 @@ def check_fits(inversion: Inversion, model, node: str, latent: Mapping[str, Any]
     sampling.check_channels(model, inversion.clip, node)
     if inversion.about.get("model") != model_fingerprint(model):
         raise ValueError(
-            f"{node}: this inversion was made with another checkpoint than the one connected. Load the checkpoint it "
-            f"was made with, or invert the clip again."
+            f"{node}: this inversion was made with another checkpoint than the one connected (or in another precision, "
+            f"bf16 or fp16). Load the checkpoint as it was then, or invert the clip again."
         )
     if latent is None:
         return
-    clip = model.model.process_latent_in(latent["samples"].float())
+    clip = model.model.process_latent_in(latent["samples"].float().cpu())
     if clip.shape != inversion.clip.shape:
         raise ValueError(
             f"{node}: this inversion is of latents {list(inversion.clip.shape)}, but the clip connected has "
@@ -172,7 +185,12 @@ def plan_storage(
             f"{node}: features cannot be stored with context windows, where a frame is seen several times. Set "
             f"`storage` to {RECOMPUTE}."
         )
-    injection.check_meets(sigmas, kept_sigmas.tolist(), node)
+    if model.model_options.get("disable_cfg1_optimization"):
+        raise ValueError(
+            f"{node}: a node on this model asks for the negative prompt at cfg 1, too, so features of one prompt "
+            f"cannot be stored. Take it off for the inversion, or set `storage` to {RECOMPUTE}."
+        )
+    check_meets(sigmas, kept_sigmas.tolist(), node)
     if kind == MEMORY:
         free, place = comfy.model_management.get_free_memory(torch.device("cpu")), "of memory"
     else:
@@ -260,6 +278,7 @@ class _Recorder:
             def model(guess: Tensor, sigma: Tensor, **arguments) -> Tensor:
                 nonlocal asked
                 asked = guess
+                taking.forget()
                 return denoise(guess, sigma, **arguments)
 
             def keep_features(i: int, guess: Tensor) -> None:
@@ -267,7 +286,8 @@ class _Recorder:
                     return
                 if asked is None or not torch.equal(asked, guess):
                     model(guess, sigmas[i + 1].expand(len(guess)), **extra_args)
-                self.features[i] = self.storage.keep(taking.of_clip())
+                with saving(self.node):
+                    self.features[i] = self.storage.keep(taking.of_clip())
 
             def after_step(found: dict[str, Any]) -> None:
                 keep_features(found["i"], found["guess"])

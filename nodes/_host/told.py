@@ -37,8 +37,14 @@ def latent_size(options: dict[str, Any]) -> tuple[int, int]:
 
 def told_of(conds, x_in: Tensor) -> dict[str, Any]:
     """What the blocks are told when these conditionings run on `x_in`."""
-    areas = {cond["uuid"]: tuple(cond["area"]) for some in conds for cond in some or [] if "area" in cond}
-    return {"latent_size": tuple(x_in.shape[-2:]), "areas": areas}
+    size = tuple(x_in.shape[-2:])
+
+    def inside(height: int, width: int, top: int, left: int) -> tuple[int, int, int, int]:
+        """As the host cuts an area that reaches past the picture."""
+        return min(height, size[0] - top), min(width, size[1] - left), top, left
+
+    areas = {cond["uuid"]: inside(*cond["area"]) for some in conds for cond in some or [] if "area" in cond}
+    return {"latent_size": size, "areas": areas}
 
 
 def _tell_areas(executor, model, conds, x_in: Tensor, timestep: Tensor, model_options: dict[str, Any]):

@@ -1,0 +1,225 @@
+"""Edits of clips whose motion is known, by COVE and by other ways, on the same model, seeds and clips.
+
+    python benchmarks/edits.py [--clips 4] [--seeds 3] [--frames 6] [--steps 20]
+
+Each clip gets one edit of its colour or its texture. Counted are: how often a classifier sees the edit in a frame, and
+how often all that was to stay; how far colours drift along true tracks; the error of each frame carried onto the last
+along the true flow; seconds for inversion and sampling. Drift and warping error of the source stand beside them: an
+edit cannot have less for a reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from torch import Generator, Tensor  # noqa: E402
+
+from benchmarks.model import load_demo  # noqa: E402
+from cove.flow import correspondence_of, dis_flow  # noqa: E402
+from cove.metrics import colour_drift, warping_error  # noqa: E402
+from scripts.host import provide_host  # noqa: E402
+from training.classifier import QUESTIONS, answers, load_classifier  # noqa: E402
+from training.clips import MOTIONS, Clip, random_clip  # noqa: E402
+from training.world import COLOURS, TEXTURES, Scene, caption  # noqa: E402
+
+SIDE, CFG, REFINEMENTS = 128, 3.0, 1
+MEASURES = ("edited", "kept", "drift", "warping error", "seconds")
+
+
+@dataclass(frozen=True)
+class Way:
+    """How to edit. None where a node is left out."""
+
+    k: int | None = None
+    merge_ratio: float = 0.5
+    all_frames: bool = True
+    guided_inversion: bool = True
+    injection: bool = True
+    matches: str = "features"  # or "flow"
+    tokenflow: bool = False
+
+
+COVE = Way(k=3)
+WAYS = {
+    "each frame alone": Way(all_frames=False),
+    "spatial-temporal attention": Way(),
+    "COVE, K = 1": replace(COVE, k=1),
+    "COVE, K = 3": COVE,
+    "COVE, K = 5": replace(COVE, k=5),
+    "COVE, K = 3, nothing merged": replace(COVE, merge_ratio=0.0),
+    "COVE, plain inversion": replace(COVE, guided_inversion=False),
+    "COVE, own frame only": replace(COVE, all_frames=False),
+    "COVE, no injection": replace(COVE, injection=False),
+    "spatial-temporal, no injection": Way(injection=False),
+    "along optical flow": replace(COVE, k=1, merge_ratio=0.0, matches="flow"),
+    "TokenFlow": Way(all_frames=False, tokenflow=True),
+}
+
+
+class Editor:
+    def __init__(self, model, clip, vae, nodes, frames: int, steps: int):
+        self.model, self.text, self.vae, self.nodes = model, clip, vae, nodes
+        self.frames, self.steps, self.kept = frames, steps, max(1, round(0.8 * steps))
+
+    def node(self, name: str, **inputs):
+        """A node's outputs; what is not given is at its default."""
+        node = self.nodes[name]
+        defaults = {i.id: i.default for i in node.define_schema().inputs if getattr(i, "default", None) is not None}
+        return node.execute(**defaults | inputs).args
+
+    def prompt(self, words: str):
+        return self.text.encode_from_tokens_scheduled(self.text.tokenize(words))
+
+    def edit(self, way: Way, pictures: Tensor, source: str, target: str, features: dict) -> Tensor:
+        """The edited clip, [frames, height, width, 3]."""
+        latent = {"samples": self.vae.encode(pictures)}
+        source, target, nothing = map(self.prompt, (source, target, ""))
+        guided = self.model
+        if way.k is not None:
+            if way.matches == "flow":
+                matches = correspondence_of(*dis_flow(pictures), *latent["samples"].shape[-2:])
+            else:
+                (found, _) = self.node(
+                    "DiffusionFeatures", model=self.model, latent=latent, conditioning=source, **features
+                )
+                (matches,) = self.node("Correspondence", features=found, k=way.k)
+            guided = self.attention(way, correspondence=matches)
+        elif way.all_frames:
+            guided = self.attention(way)
+        inverted = guided if way.guided_inversion and not way.tokenflow else self.model
+        noise, inversion = self.node(
+            "DDIMInversion",
+            model=inverted,
+            conditioning=source,
+            latent=latent,
+            steps=self.steps,
+            sampling_steps=self.steps,
+            refinements=REFINEMENTS,
+            feature_steps=self.kept,
+        )
+        edited = guided
+        if way.injection:
+            steps = {"resnet_steps": self.kept, "attention_steps": self.kept}
+            (edited,) = self.node("FeatureInjection", model=edited, inversion=inversion, **steps)
+        if way.tokenflow:
+            (edited,) = self.node("TokenFlow", model=edited, inversion=inversion, every=3)
+        (sampled,) = self.node(
+            "DDIMSampler", model=edited, positive=target, negative=nothing, noise=noise, steps=self.steps, cfg=CFG
+        )
+        return self.vae.decode(sampled["samples"])
+
+    def attention(self, way: Way, **inputs):
+        (model,) = self.node(
+            "CorrespondenceAttention",
+            model=self.model,
+            merge_ratio=way.merge_ratio,
+            spatial_temporal="all frames" if way.all_frames else "own frame",
+            **inputs,
+        )
+        return model
+
+
+def changed(clip: Clip, generator: Generator) -> tuple[Scene, str]:
+    """The first scene with another colour or texture of its thing, and which question that changes."""
+    scene = clip.scenes[0]
+    thing, choice = scene.things[0], torch.randint(1000, (2,), generator=generator).tolist()
+    if choice[0] % 2:
+        others = [colour for colour in COLOURS if colour not in (thing.colour, scene.ground.colour)]
+        other, question = replace(thing, colour=others[choice[1] % len(others)]), "colour"
+    else:
+        others = [texture for texture in TEXTURES if texture != thing.texture]
+        other, question = replace(thing, texture=others[choice[1] % len(others)]), "texture"
+    return Scene(scene.ground, (other, *scene.things[1:])), question
+
+
+def true_flow(clip: Clip, size: int) -> tuple[Tensor, Tensor]:
+    """Flow and visibility of each frame's pixels in the next: what `warping_error` takes."""
+    flows, seen = [], []
+    for number in range(len(clip.scenes) - 1):
+        places, visible = Clip(clip.scenes[number : number + 2]).tracks(0, size)
+        flows.append(places[1] - places[0])
+        seen.append(visible[1])
+    return torch.stack(flows), torch.stack(seen)
+
+
+def judged(classifier, clip: Clip, target: Scene, question: str, made: Tensor) -> dict[str, float]:
+    """What `MEASURES` has before the seconds."""
+    right = torch.tensor(answers(target))
+    hits = torch.stack([score.argmax(1) for score in classifier(made.movedim(-1, 1).float())], 1) == right
+    changes = torch.tensor([name == question for name in QUESTIONS])
+    return {
+        "edited": hits[:, changes].float().mean().item(),
+        "kept": hits[:, ~changes].float().mean().item(),
+        "drift": colour_drift(made, *clip.tracks(len(clip.scenes) // 2, SIDE // 4)),
+        "warping error": warping_error(made, *true_flow(clip, SIDE)).nanmean().item(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clips", type=int, default=4, help="clips a seed")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--frames", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--level", type=int, default=0)
+    parser.add_argument("--timestep", type=int, default=261)
+    parser.add_argument("--ensemble", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "edits.json")
+    parser.add_argument("--pictures", type=Path, help="folder for the edited clips, a row of frames each")
+    arguments = parser.parse_args()
+
+    editor = Editor(*load_demo(provide_host()), arguments.frames, arguments.steps)
+    features = {name: getattr(arguments, name) for name in ("level", "timestep", "ensemble")}
+    classifier = load_classifier()
+    found: dict[str, list[list[list[float]]]] = {}  # way -> seed -> clip -> measures
+
+    def note(name: str, seed: int, row: list[float]) -> None:
+        found.setdefault(name, [[] for _ in range(arguments.seeds)])[seed].append(row)
+
+    with torch.inference_mode():
+        for seed in range(arguments.seeds):
+            generator = Generator().manual_seed(2000 + seed)
+            for number in range(arguments.clips):
+                clip = random_clip(generator, arguments.frames, MOTIONS[number % 4])  # with one thing
+                target, question = changed(clip, generator)
+                pictures = clip.draw(SIDE)
+                note("source", seed, [*judged(classifier, clip, target, question, pictures).values(), 0.0])
+                for name in arguments.ways:
+                    start = time.perf_counter()
+                    words = caption(clip.scenes[0]), caption(target)
+                    made = editor.edit(WAYS[name], pictures, *words, features)
+                    seconds = time.perf_counter() - start
+                    row = [*judged(classifier, clip, target, question, made).values(), seconds]
+                    note(name, seed, row)
+                    print(f"{seed}.{number} {words[0]} -> {words[1]}: {name}: {[round(x, 4) for x in row]}", flush=True)
+                    if arguments.pictures:
+                        save_row(arguments.pictures / f"{seed}_{number}_{name.replace(' ', '_')}.png", pictures, made)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(found))
+    print(f"{'':34}" + "".join(f"{measure:>18}" for measure in MEASURES))
+    for name, rows in found.items():
+        means = torch.tensor(rows, dtype=torch.float64).mean(1)  # of each seed
+        cells = (f"{m:10.4f} ±{s:6.4f}" for m, s in zip(means.mean(0), means.std(0), strict=True))
+        print(f"{name:34}" + "".join(cells))
+
+
+def save_row(path: Path, *clips: Tensor) -> None:
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = torch.cat([torch.cat(list(clip), 1) for clip in clips])
+    Image.fromarray((rows.clamp(0, 1) * 255).round().byte().numpy()).save(path)
+
+
+if __name__ == "__main__":
+    main()

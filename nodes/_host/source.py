@@ -1,0 +1,132 @@
+"""The source branch: the inverted clip, run through the UNet beside the edit, on its own latents and prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.sampler_helpers
+import comfy.samplers
+from torch import Tensor
+
+from ...cove.inversion import Inversion, step_at
+from .sampling import check_hints
+from .told import KEY as TOLD
+from .told import area_of, told_of, window_of
+
+# In transformer_options, for the calls of the UNet within: what takes or gives features (Feature Injection), what
+# stands in for self-attention (TokenFlow), and whether the call is of a source branch.
+FEATURES, ATTENTION, RUNNING = "cove_features", "cove_attention", "cove_source_running"
+
+
+def options_with(model_options: dict[str, Any], **told) -> dict[str, Any]:
+    """A copy of model_options with more told to the blocks."""
+    return {**model_options, "transformer_options": {**model_options.get("transformer_options", {}), **told}}
+
+
+@dataclass(frozen=True, eq=False)
+class SourceBranch:
+    """What a node needs to run the source. Nothing in it changes in a run.
+
+    key: of the node's wrappers; the prompt made ready for a run is told under it.
+    conditioning: the source prompt; None when there is none.
+    """
+
+    inversion: Inversion
+    conditioning: list | None
+    key: str
+    node: str
+
+    def __deepcopy__(self, memo: dict) -> SourceBranch:
+        """Itself: MODEL.clone() copies its options deeply, and an inversion is large."""
+        return self
+
+    def load_with(self, model) -> None:
+        """Have the ControlNets of the prompt loaded whenever this clone of MODEL is."""
+        if self.conditioning is not None:
+            conds = {"source": comfy.sampler_helpers.convert_cond(self.conditioning)}
+            nets, _ = comfy.sampler_helpers.get_additional_models(conds, model.model_dtype())
+            model.set_additional_models(self.key, nets)
+
+    def check_clip(self, noise: Tensor) -> None:
+        """An error when other latents are sampled than the inversion is of."""
+        if noise.shape != self.inversion.clip.shape:
+            raise ValueError(
+                f"{self.node}: the inversion is of latents {list(self.inversion.clip.shape)}, but {list(noise.shape)} "
+                f"are sampled. Give the sampler the noise of the same inversion."
+            )
+
+    def check_prompt(self, frames: int, model_options: dict[str, Any]) -> None:
+        """An error when the source cannot be run for want of its prompt, or of a hint for each frame."""
+        if self.conditioning is None:
+            raise ValueError(
+                f"{self.node}: what it needs of the source is not stored, and this inversion's source prompt cannot "
+                f"be: connect the conditioning that DDIM Inversion had."
+            )
+        if any(extras.get("hooks") for _, extras in self.conditioning):
+            raise ValueError(
+                f"{self.node}: the source prompt carries hooks (a LoRA on the prompt), which the host does not load "
+                f"for a source that runs beside the edit. Put the LoRA on the model, or set `storage` of DDIM "
+                f"Inversion to memory or disk."
+            )
+        check_hints([extras for _, extras in self.conditioning], frames, model_options, self.node)
+
+    @contextmanager
+    def ready(self, guider, extra_args: dict[str, Any], noise: Tensor) -> Iterator[dict[str, Any]]:
+        """For a run: its extra_args, with the prompt made ready as the host makes ready those of the guider."""
+        conds = {"positive": comfy.sampler_helpers.convert_cond(self.conditioning)}
+        try:
+            comfy.samplers.process_conds(guider.inner_model, noise, conds, noise.device, seed=extra_args.get("seed"))
+            told = options_with(extra_args["model_options"], **{self.key: tuple(conds["positive"])})
+            yield {**extra_args, "model_options": told}
+        finally:
+            comfy.sampler_helpers.cleanup_models(conds, [])
+
+    def step_at(self, sigma: float) -> int:
+        """The step of the inversion that ended at `sigma`; an error for a sampler that looks elsewhere."""
+        step = self.inversion.step_at(sigma)
+        if step is None:
+            check_meets(self.inversion.sigmas, [sigma], self.node)
+        return step
+
+    def run(self, executor, model, step: int, x_in: Tensor, timestep: Tensor, model_options, **told) -> None:
+        """One evaluation of the source at a step of its inversion, around which the executor is; more may be told."""
+        guess, prompt = self.inversion.guesses[step], [list(model_options["transformer_options"][self.key])]
+        # Windows are cut outside of this wrapper or inside of it, by when which node was applied.
+        guess = (guess if len(x_in) == len(guess) else guess[window_of(model_options["transformer_options"])]).to(x_in)
+        # Nothing of what is done to the edit is done to the source.
+        told = {FEATURES: None, ATTENTION: None, RUNNING: True, TOLD: told_of(prompt, guess), **told}
+        executor(model, prompt, guess, timestep, options_with(model_options, **told))
+
+
+def check_one_prompt(options: dict[str, Any], node: str, before: Any = None) -> Any:
+    """The uuid of what runs as the source; an error when that is more than one prompt for the whole picture.
+
+    before: the uuid that ran before it, if any: where memory is short, the host runs conditionings one after another.
+    """
+    uuids = options["uuids"]
+    if len(uuids) != 1 or before not in (None, uuids[0]) or area_of(options, uuids[0]) is not None:
+        raise ValueError(
+            f"{node}: features can be taken of one source prompt for the whole picture, but several conditionings or "
+            f"one with an area ran. Use a plain prompt."
+        )
+    return uuids[0]
+
+
+def check_meets(inverted: Tensor, sigmas: list[float], node: str) -> None:
+    """An error that names both grids when an inversion through the sigmas `inverted` was not at some of these."""
+    missed = [sigma for sigma in sigmas if step_at(inverted, sigma) is None]
+    if missed:
+        raise ValueError(
+            f"{node}: the source is known at the sigmas that the inversion went through, but of the {len(sigmas)} "
+            f"wanted it missed {len(missed)}. Inversion: {_spell(inverted[1:].flip(0).tolist())}. Sampling: "
+            f"{_spell(sigmas)}. Set `sampling_steps` of DDIM Inversion to the sampler's steps, its `steps` to a "
+            f"multiple of them, and use the same checkpoint for both."
+        )
+
+
+def _spell(sigmas: list[float]) -> str:
+    texts = [f"{sigma:.4g}" for sigma in sigmas]
+    return f"{len(texts)} steps, sigma {', '.join(texts if len(texts) < 7 else [*texts[:3], '...', *texts[-2:]])}"

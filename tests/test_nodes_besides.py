@@ -1,0 +1,221 @@
+"""Inversion and injection beside what else a user has on a model: other nodes, other disks, other prompts."""
+
+import gc
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from tests.helpers import call, hints, latents, prompt, refused
+from tests.inversion_helpers import ALL, SITES, edited_at, guide, inject, invert, same, sample, source_at
+
+
+def run_fingerprint(host_module, model, conditioning=None):
+    return host_module.inversion._run_fingerprint(
+        model, conditioning or prompt(1), latents()["samples"], torch.tensor([0.0, 1.0]), 1
+    )
+
+
+def test_a_patch_at_a_used_address_is_another_patch(comfy, small, host_module):
+    """The host drops a node's output before it makes the next, which may then lie where the first one lay."""
+    from comfy_extras.nodes_freelunch import FreeU
+
+    seen, addresses = [], []
+    for number in range(20):
+        model = FreeU().patch(small, 1.1 + 0.01 * number, 1.2, 0.9, 0.2)[0]
+        addresses.append(id(model.model_options["transformer_options"]["patches"]["output_block_patch"][0]))
+        seen.append(run_fingerprint(host_module, model))
+        assert run_fingerprint(host_module, model) == seen[-1], "a model that is still there goes on"
+        del model
+        gc.collect()
+    assert len(set(addresses)) < len(addresses), "this test saw no address twice"
+    assert len(set(seen)) == len(seen)
+
+
+def lora(model, seed, strength=1.0):
+    from comfy.weight_adapter import LoRAAdapter
+
+    name = "diffusion_model.input_blocks.1.0.in_layers.2.weight"
+    rows, columns = model.model.diffusion_model.input_blocks[1][0].in_layers[2].weight.flatten(1).shape
+    up, down = (
+        torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for shape in ((rows, 2), (2, columns))
+    )
+    model = model.clone()
+    assert model.add_patches({name: LoRAAdapter(set(), (up, down, 2.0, None, None, None))}, strength)
+    return model
+
+
+def test_the_same_lora_goes_on_and_another_does_not(small, host_module):
+    """The host gives patches a random name each time, also to the same ones after a crash."""
+    one = run_fingerprint(host_module, lora(small, 1))
+    assert run_fingerprint(host_module, lora(small, 1)) == one
+    assert one not in {
+        run_fingerprint(host_module, other) for other in (small, lora(small, 2), lora(small, 1, strength=0.5))
+    }
+
+
+def test_the_kind_of_a_union_controlnet_counts(small, host_module, control):
+    conditioning = control(prompt(1), hints())
+    one = run_fingerprint(host_module, small, conditioning)
+    assert run_fingerprint(host_module, small, conditioning) == one
+    conditioning[0][1]["control"].set_extra_arg("control_type", [3])
+    assert run_fingerprint(host_module, small, conditioning) != one
+
+
+def no_room(tensors, path, metadata=None):
+    raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+
+def test_a_full_disk_only_costs_going_on(small, nodes, pack, monkeypatch, caplog):
+    noise, whole = invert(nodes, small)
+    monkeypatch.setattr(f"{pack.__name__}.cove.files.save_file", no_room)
+    again, inversion = invert(nodes, small)
+    assert torch.equal(again["samples"], noise["samples"]) and same(inversion, whole)
+    assert "could not be kept for going on after a break" in caplog.text
+
+
+def test_a_full_disk_is_named_where_it_costs_more(small, nodes, pack, monkeypatch):
+    _, whole = invert(nodes, small)
+    features, _ = call(nodes["DiffusionFeatures"], model=small, latent=latents())
+    (correspondence,) = call(nodes["Correspondence"], features=features, window=3)
+    monkeypatch.setattr(f"{pack.__name__}.cove.files.save_file", no_room)
+    for name, run in {
+        "DDIM Inversion": lambda: invert(nodes, small, storage="disk", **ALL),
+        "Save Inversion": lambda: call(nodes["SaveInversion"], inversion=whole),
+        "Save Correspondence": lambda: call(nodes["SaveCorrespondence"], correspondence=correspondence),
+    }.items():
+        with pytest.raises(OSError, match=rf"^{name}: .*No space left.*Make room"):
+            run()
+
+
+def test_features_are_the_sources_where_guidance_runs_the_unet_again(comfy, small, nodes):
+    from comfy_extras.nodes_pag import PerturbedAttentionGuidance
+
+    perturbed = PerturbedAttentionGuidance.execute(small, 3.0).args[0]
+    noise, latents_only = invert(nodes, perturbed)
+    _, stored = invert(nodes, perturbed, storage="memory", **ALL)
+    for step in range(3):
+        right = source_at(small, latents_only, step)
+        assert all(torch.equal(right.at[site], stored.features[step][site]) for site in SITES)
+    one, other = (sample(nodes, inject(nodes, perturbed, each, **ALL), noise) for each in (latents_only, stored))
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("free", [1 << 40, 0], ids=["together", "one after another"])
+def test_two_source_prompts_are_refused_however_they_run(comfy, small, nodes, monkeypatch, free):
+    import comfy.samplers
+
+    two = [*prompt(1), *prompt(2)]
+    _, inversion = invert(nodes, small, two)
+    monkeypatch.setattr(comfy.samplers, "model_management", SimpleNamespace(get_free_memory=lambda device: free))
+    with refused("DDIM Inversion", "one source prompt for the whole picture, but several conditionings"):
+        invert(nodes, small, two, storage="memory", **ALL)
+    noise, inversion = invert(nodes, small, two)
+    with refused("Feature Injection", "one source prompt for the whole picture, but several conditionings"):
+        sample(nodes, inject(nodes, small, inversion, conditioning=two, **ALL), noise)
+
+
+def test_an_area_past_the_edge_is_cut_as_the_host_cuts_it(small, nodes):
+    _, inversion = invert(nodes, small)
+    height, width = latents()["samples"].shape[-2:]
+    injected = inject(nodes, small, inversion, **ALL)
+    over, inside = (
+        edited_at(injected, inversion, 1, [*prompt(2), *prompt(4, area=(h, w, 1, 3))], cfg=1.0)[1]
+        for h, w in ((height, width), (height - 1, width - 3))
+    )
+    assert torch.equal(over, inside)
+    plain = edited_at(small, inversion, 1, [*prompt(2), *prompt(4, area=(height, width, 1, 3))], cfg=1.0)[1]
+    assert not torch.equal(plain, over)
+
+
+def other_nodes(model):
+    from comfy_extras.nodes_hypertile import HyperTile
+    from comfy_extras.nodes_model_downscale import PatchModelAddDownscale
+    from comfy_extras.nodes_tomesd import TomePatchModel
+
+    def first(output):
+        return output.args[0] if hasattr(output, "args") else output[0]
+
+    def run(node, *settings):
+        return first(node.execute(model, *settings) if hasattr(node, "execute") else node().patch(model, *settings))
+
+    return {
+        "Deep Shrink": lambda: run(PatchModelAddDownscale, 1, 2.0, 0.0, 1.0, True, "bicubic", "bicubic"),
+        "HyperTile": lambda: run(HyperTile, 32, 2, 0, False),
+        "ToMe": lambda: run(TomePatchModel, 0.5),
+    }
+
+
+@pytest.mark.parametrize("name", ["Deep Shrink", "HyperTile", "ToMe"])
+def test_what_changes_the_tokens_is_refused(comfy, small, nodes, name):
+    clip = latents(3, 16, 24)
+    model = other_nodes(small)[name]()
+    noise, inversion = invert(nodes, model, latent=clip)
+    with refused("Feature Injection", "tokens", "(ToMe, HyperTile, Deep Shrink or the like); take it off"):
+        sample(nodes, inject(nodes, model, inversion, **ALL), noise)
+
+
+def test_a_link_to_nowhere_is_no_file(nodes, base):
+    folder = base / "output" / "cove"
+    folder.mkdir(parents=True, exist_ok=True)
+    link = folder / "gone.inversion.safetensors"
+    try:
+        link.symlink_to(base / "nowhere")
+    except OSError:
+        pytest.skip("no links here")
+    try:
+        (file, *_) = nodes["LoadInversion"].define_schema().inputs
+        assert not any("gone" in option for option in file.options)
+    finally:
+        link.unlink()
+
+
+def test_hooks_of_a_source_prompt_are_not_lost_silently(comfy, small, nodes):
+    import comfy.hooks
+
+    hook, name = comfy.hooks.WeightHook(1.0, 1.0), "diffusion_model.input_blocks.1.0.in_layers.2.weight"
+    weight = dict(small.model.named_parameters())[name]
+    hook.weights = {name: ("diff", (torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)),))}
+    hook.need_weight_init = False
+    group = comfy.hooks.HookGroup()
+    group.add(hook)
+    source = comfy.hooks.set_hooks_for_conditioning(prompt(1), group)
+    noise, inversion = invert(nodes, small, source)
+    with refused("Feature Injection", "source prompt carries hooks", "memory or disk"):
+        sample(nodes, inject(nodes, small, inversion, conditioning=source, **ALL), noise)
+    _, stored = invert(nodes, small, source, storage="memory", **ALL)
+    assert sample(nodes, inject(nodes, small, stored, **ALL), noise).isfinite().all()
+
+
+def test_a_negative_prompt_at_cfg_1_cannot_be_stored(small, nodes):
+    model = small.clone()
+    model.set_model_sampler_post_cfg_function(lambda args: args["denoised"], disable_cfg1_optimization=True)
+    with refused("DDIM Inversion", "asks for the negative prompt at cfg 1", "set `storage` to recompute"):
+        invert(nodes, model, storage="memory", **ALL)
+    invert(nodes, model)
+
+
+def test_another_precision_is_named(small, nodes, host_module):
+    _, inversion = invert(nodes, small)
+    weights = small.model.diffusion_model
+    try:
+        weights.to(torch.bfloat16)
+        with refused("Load Inversion", "another checkpoint than the one connected", "in another precision"):
+            host_module.check_fits(inversion, small, "Load Inversion")
+    finally:
+        weights.to(torch.float32)
+
+
+def test_frames_too_small_for_ssim_are_refused(nodes):
+    frames = torch.rand(3, 8, 16, 3, generator=torch.Generator().manual_seed(0))
+    with refused("Reconstruction Check", "11x11 pixels or more", "Load larger frames"):
+        call(nodes["ReconstructionCheck"], source=frames, reconstruction=frames)
+
+
+def test_guided_models_store_what_recompute_finds(small, nodes):
+    guided = guide(nodes, small)
+    noise, kept = invert(nodes, guided, storage="memory", **ALL)
+    _, again = invert(nodes, guided)
+    one, other = (sample(nodes, inject(nodes, guided, each, **ALL), noise) for each in (kept, again))
+    assert torch.equal(one, other)
