@@ -3,6 +3,7 @@
 nox -s edit -- [--clip FILE] [--checkpoint FILE] [--prompt TEXT] ...   edit a clip in a real ComfyUI
 nox -s tests [-- pytest's arguments]                                   run the tests in a real ComfyUI
 nox -s check                                                           formatting and lint
+nox -s train -- shapes                                                 train the demo model; goes on where it stopped
 """
 
 import hashlib
@@ -58,6 +59,14 @@ def edit(session: nox.Session) -> None:
     else:
         comfy.install(host)
     comfy.run(script, *session.posargs, env={"COMFYUI_PATH": str(host)})
+
+
+@nox.session(venv_backend="none")
+def train(session: nox.Session) -> None:
+    """Train the demo model, or go on with it."""
+    comfy = Environment(session)
+    comfy.install(comfy.provide_host())
+    comfy.run("-m", "training.train", *session.posargs)
 
 
 class Environment:
