@@ -91,6 +91,11 @@ def test_another_seed_trains_another_model(tmp_path):
     assert not torch.equal(weights(one)[0], weights(other)[0])
 
 
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_comfyui_can_read_the_channels(size):
+    assert all(channels % size.unet[0] == 0 for channels in size.unet) and size.unet[0] % 64 == 0
+
+
 def test_captions_become_tokens():
     tokenizer = make_tokenizer()
     tokens = tokens_of(tokenizer, [CAPTION, "", "A RED, star! on-a houseboat"])

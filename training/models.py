@@ -21,7 +21,7 @@ class Size:
     """How large the networks are, and how long they are trained.
 
     The UNet's channels are multiples of 32, as ComfyUI's group norms are fixed to 32 groups; with 32 there would be one
-    channel a group, and the mean of a picture would be lost.
+    channel a group, and the mean of a picture would be lost. All are multiples of the first, as ComfyUI reads them.
     """
 
     picture: int  # pixels a side
@@ -44,7 +44,7 @@ SIZES = {
     "shapes": Size(
         picture=128,
         autoencoder=64,
-        unet=(64, 96, 128),
+        unet=(64, 128, 128),
         heads=2,
         context=128,
         batch=24,
