@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from cove.flow import agree, correspondence_of, dis_flow, flow_tracks
-from cove.tracks import tracks_of
 from tests.method_helpers import randn
 
 pytest.importorskip("cv2")
@@ -42,17 +41,24 @@ def test_pixels_that_leave_do_not_agree():
 
 
 def test_tokens_follow_their_middle():
-    """Tokens of 11x7 pixels: a step of one token and a bit, followed for two frames, and matched to the nearest."""
+    """Tokens of 11x7 pixels, another step at each frame: followed both ways, and matched to the nearest."""
     height, width = HEIGHT // 11, WIDTH // 7
-    forward = torch.tensor([8.0, -13.0]).expand(FRAMES - 1, HEIGHT, WIDTH, 2)
+    steps = torch.tensor([[8.0, -13.0], [-4.0, 9.0], [15.0, 2.0]])
+    forward = steps[:, None, None].expand(-1, HEIGHT, WIDTH, 2)
     own = torch.stack(torch.meshgrid(torch.arange(width), torch.arange(height), indexing="xy"), -1).float()
-    places = flow_tracks(forward, -forward, 1, height, width)
-    for frame in range(FRAMES):
-        assert_close(places[frame], own + (frame - 1) * torch.tensor([8 / 7, -13 / 11]))
+    moved = torch.cat([torch.zeros(1, 2), steps.cumsum(0)]) / torch.tensor([7, 11])  # in tokens, from the first frame
+    for frame in range(4):
+        places = flow_tracks(forward, -forward, frame, height, width)
+        assert_close(places, own + (moved - moved[frame])[:, None, None])
     matches = correspondence_of(forward, -forward, height, width)
-    assert (matches.window, matches.k, matches.frames) == (3, 1, FRAMES)
-    assert_close(tracks_of(matches, 1)[2][1:, :-1], (own + torch.tensor([1.0, -1.0]))[1:, :-1])
-    assert_close(tracks_of(matches, 1)[0][:-1, 1:], (own - torch.tensor([1.0, -1.0]))[:-1, 1:])
+    assert (matches.window, matches.k, matches.frames) == (5, 1, 4)
+    nearest = (steps / torch.tensor([7, 11])).round()
+    last = torch.tensor([width - 1.0, height - 1.0])
+    for link, step in enumerate(nearest):
+        for found, expected in ((matches.forward, own + step), (matches.backward, own - step)):
+            expected = expected.clamp(torch.zeros(2), last)  # what leads outside ends at the border
+            token = found[link, :, 0].unflatten(0, (height, width))
+            assert_close(torch.stack([token % width, token // width], -1).float(), expected)
 
 
 def test_one_frame_has_no_flow(moving):

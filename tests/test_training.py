@@ -25,6 +25,7 @@ TINY = replace(
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setattr(train, "POOL", 64)
+    monkeypatch.setattr(train, "FRESH", 32)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -43,6 +44,7 @@ def finished(tmp_path_factory):
     """A file as `training` writes it, of networks that were trained for a few steps, and these networks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "POOL", 64)
+        patch.setattr(train, "FRESH", 32)
         autoencoder, diffusion, scale = trained(tmp_path_factory.mktemp("training"))
     pictures = torch.stack([draw(train.scene(3, number), TINY.picture) for number in range(5)])
     path = tmp_path_factory.mktemp("demo") / "tiny.safetensors"
@@ -80,10 +82,25 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch)
             trained(broken)
     monkeypatch.undo()
     monkeypatch.setattr(train, "POOL", 64)
+    monkeypatch.setattr(train, "FRESH", 32)
     assert saves == ["autoencoder"] * STEPS + ["diffusion"] * STEPS
     piecewise = trained(broken)
     assert all(map(torch.equal, weights(*whole[:2]), weights(*piecewise[:2])))
     assert whole[2] == piecewise[2]
+
+
+def test_the_unet_sees_latents_of_unit_variance(tmp_path, monkeypatch):
+    """At every timestep, as the noise has it: the variance of what is left of both adds up to 1."""
+    seen = []
+
+    class Watched(train.Diffusion):
+        def forward(self, noisy, timesteps, tokens):
+            seen.append(noisy)
+            return super().forward(noisy, timesteps, tokens)
+
+    monkeypatch.setattr(train, "Diffusion", Watched)
+    trained(tmp_path, replace(TINY, batch=64))
+    assert torch.cat(seen).std().item() == pytest.approx(1, abs=0.1)
 
 
 def test_another_seed_trains_another_model(tmp_path):
@@ -186,4 +203,5 @@ def test_previews_show_the_pictures_colours(finished, loaded):
     seen = torch.einsum("nchw,cr->nrhw", latents, torch.tensor(form.latent_rgb_factors))
     seen = seen + torch.tensor(form.latent_rgb_factors_bias)[:, None, None]
     small = torch.nn.functional.adaptive_avg_pool2d(pictures, 10) * 2 - 1
+    assert_close((seen - small).mean((0, 2, 3)), torch.zeros(3), rtol=0, atol=1e-2)
     assert (seen - small).square().mean() < (small - small.mean((0, 2, 3), keepdim=True)).square().mean()

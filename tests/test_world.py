@@ -183,6 +183,19 @@ def test_clips_follow_from_the_seed_and_an_unknown_motion_is_refused():
         random_clip(generator(), 5, "jump")
 
 
+def test_only_what_the_motion_says_moves():
+    def seen(motion, value):
+        return len({value(scene) for scene in random_clip(generator(3), 5, motion).scenes})
+
+    for motion in MOTIONS:
+        scales, turns = motion in ("scale", "all"), motion in ("rotate", "all")
+        assert seen(motion, lambda scene: scene.ground.zoom) == (5 if scales else 1)
+        assert seen(motion, lambda scene: scene.things[0].radius) == (5 if scales else 1)
+        assert seen(motion, lambda scene: scene.things[0].angle) == (5 if turns else 1)
+        assert seen(motion, lambda scene: (scene.ground.x, scene.ground.y)) == 5
+        assert seen(motion, lambda scene: len(scene.things)) == 1
+
+
 def test_one_frame():
     (scene,) = random_clip(generator(), 1, "scale").scenes
     assert len(scene.things) == 1

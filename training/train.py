@@ -153,7 +153,7 @@ class Pool:
         self.latents = torch.empty(POOL, LATENTS, size.latent, size.latent)
         self.captions = [""] * POOL
         while self.next < start + POOL:
-            self.move(64)
+            self.move(FRESH)  # always as many at a time: the autoencoder's last bits change with the batch
 
     def move(self, count: int) -> None:
         scenes = [scene(self.seed, number) for number in range(self.next, self.next + count)]
