@@ -88,8 +88,10 @@ def make_text_encoder(size: Size) -> CLIPTextModel:
 
 @torch.no_grad()
 def encode(autoencoder: Autoencoder, pictures: Tensor) -> Tensor:
-    """Pictures from 0 to 1 as latents, before scaling."""
-    return autoencoder.encode(pictures.to(next(autoencoder.parameters()).device) * 2 - 1)
+    """Pictures from 0 to 1 as latents, before scaling; in float32 wherever it is called from."""
+    device = next(autoencoder.parameters()).device
+    with torch.autocast(device.type, enabled=False):
+        return autoencoder.encode(pictures.to(device) * 2 - 1)
 
 
 class Diffusion(nn.Module):
