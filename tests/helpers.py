@@ -92,3 +92,16 @@ def refused(*pieces: str, error: type = ValueError) -> Iterator[None]:
     assert message.startswith(f"{pieces[0]}: ")
     for piece in pieces[1:]:
         assert piece in message, message
+
+
+def transformer():
+    """A tiny MODEL that is no UNet: Flux."""
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    size = {"in_channels": 16, "out_channels": 16, "vec_in_dim": 8, "context_in_dim": 8, "hidden_size": 16}
+    size |= {"mlp_ratio": 1.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 1, "axes_dim": [2, 2, 4]}
+    size |= {"theta": 100, "patch_size": 2, "qkv_bias": True, "guidance_embed": True, "dtype": torch.float32}
+    config = comfy.supported_models.Flux({"image_model": "flux", **size})
+    cpu = torch.device("cpu")
+    return comfy.model_patcher.ModelPatcher(config.get_model({}), cpu, cpu)

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 import torch
 
-from tests.helpers import FRAMES, WINDOWS, call, hints, latents, predict, prompt, refused
+from tests.helpers import FRAMES, WINDOWS, call, hints, latents, predict, prompt, refused, transformer
 
 ATTENTION = "Correspondence Attention"
 
@@ -74,15 +74,7 @@ def applied(node, *arguments):
 
 
 def test_transformer_model(comfy, nodes, correspondence):
-    import comfy.model_patcher
-    import comfy.supported_models
-
-    size = {"in_channels": 16, "out_channels": 16, "vec_in_dim": 8, "context_in_dim": 8, "hidden_size": 16}
-    size |= {"mlp_ratio": 1.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 1, "axes_dim": [2, 2, 4]}
-    size |= {"theta": 100, "patch_size": 2, "qkv_bias": True, "guidance_embed": True, "dtype": torch.float32}
-    config = comfy.supported_models.Flux({"image_model": "flux", **size})
-    cpu = torch.device("cpu")
-    model = comfy.model_patcher.ModelPatcher(config.get_model({}), cpu, cpu)
+    model = transformer()
     latent = {"samples": torch.zeros(FRAMES, 16, 5, 7)}
     wrong = ("Flux", "expected a Stable Diffusion UNet", "Load such a checkpoint")
     with refused("Diffusion Features", *wrong):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.helpers import FRAMES, HEIGHT, WIDTH, call, hints, latents, prompt, refused, state_of
+from tests.helpers import FRAMES, HEIGHT, WIDTH, call, hints, latents, prompt, refused, state_of, transformer
 from tests.inversion_helpers import (
     ALL,
     SITES,
@@ -247,15 +247,7 @@ def test_hints_of_other_frames_in_a_stock_sampler(sd15, nodes, control):
 
 
 def test_a_transformer_model(comfy, small, nodes):
-    import comfy.model_patcher
-    import comfy.supported_models
-
-    size = {"in_channels": 16, "out_channels": 16, "vec_in_dim": 8, "context_in_dim": 8, "hidden_size": 16}
-    size |= {"mlp_ratio": 1.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 1, "axes_dim": [2, 2, 4]}
-    size |= {"theta": 100, "patch_size": 2, "qkv_bias": True, "guidance_embed": True, "dtype": torch.float32}
-    config = comfy.supported_models.Flux({"image_model": "flux", **size})
-    cpu = torch.device("cpu")
-    model = comfy.model_patcher.ModelPatcher(config.get_model({}), cpu, cpu)
+    model = transformer()
     with refused(NODE, "Flux", "expected a Stable Diffusion UNet", "Load such a checkpoint"):
         flow(nodes, model, invert(nodes, small, steps=1)[1])
 
