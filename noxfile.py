@@ -1,9 +1,11 @@
 """Everything a contributor runs, on Linux, macOS and Windows alike.
 
 nox -s edit -- [--clip FILE] [--checkpoint FILE] [--prompt TEXT] ...   edit a clip in a real ComfyUI
+nox -s measure -- SOURCE EDITED [--plot FILE]                          measure an edited clip against its source
 nox -s tests [-- pytest's arguments]                                   run the tests in a real ComfyUI
 nox -s check                                                           formatting and lint
 nox -s train -- shapes                                                 train the demo model; goes on where it stopped
+nox -s evidence                                                        measure what docs/results.md says; goes on, too
 """
 
 import hashlib
@@ -62,11 +64,29 @@ def edit(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none")
+def measure(session: nox.Session) -> None:
+    """Measure an edited clip against its source."""
+    session.chdir(session.invoked_from)
+    comfy = Environment(session)
+    comfy.install(comfy.provide_host())
+    comfy.run(str(ROOT / "scripts" / "measure.py"), *session.posargs)
+
+
+@nox.session(venv_backend="none")
 def train(session: nox.Session) -> None:
     """Train the demo model, or go on with it."""
     comfy = Environment(session)
     comfy.install(comfy.provide_host())
     comfy.run("-m", "training.train", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def evidence(session: nox.Session) -> None:
+    """Measure what docs/results.md says, or go on with it."""
+    comfy = Environment(session)
+    host = comfy.provide_host()
+    comfy.install(host)
+    comfy.run("benchmarks/evidence.py", env={"COMFYUI_PATH": str(host)})
 
 
 class Environment:

@@ -100,6 +100,7 @@ def main() -> None:
     width, height = map(int, arguments.size.split("x"))
 
     from benchmarks.memory import working_memory
+    from benchmarks.records import FOLDER, Records
     from scripts.host import provide_host
 
     if arguments.variant:
@@ -111,6 +112,7 @@ def main() -> None:
     import torch
 
     prove_equality()
+    records = Records(FOLDER / "attention_cost.jsonl")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     print(
         f"{device} ({platform.machine()}), torch {torch.__version__}, float32, {arguments.frames} frames of "
@@ -122,6 +124,8 @@ def main() -> None:
     for name in VARIANTS:
         seconds, memory = (statistics.median(turn[name][i] for turn in rounds) for i in (0, 1))
         slower, larger = (statistics.median(turn[name][i] / turn[ALONE][i] for turn in rounds) for i in (0, 1))
+        case = {"frames": arguments.frames, "size": arguments.size, "attention": name}
+        records.add(case, {"seconds": seconds, "slower": slower, "MiB": memory / 2**20, "larger": larger})
         print(f"{name:24}{seconds:8.1f} s{100 * (slower - 1):+7.1f} %{memory / 2**20:12.0f} MiB {larger:5.2f}x")
 
 

@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from benchmarks.memory import working_memory  # noqa: E402
+from benchmarks.records import FOLDER, Records  # noqa: E402
 from cove import correspondence, reference  # noqa: E402
 
 
@@ -65,17 +66,20 @@ def main() -> None:
         print(*run(arguments.frames, height, width, arguments.channels, arguments.window))
         return
     prove_equality()
+    records = Records(FOLDER / "correspondence_cost.jsonl")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     print(
         f"{device} ({platform.machine()}), torch {torch.__version__}, {arguments.frames} frames of {height}x{width} "
         f"tokens, {arguments.channels} channels, float32, k = 3, both directions"
     )
     print(f"{'window':>8}{'operations':>14}{'time':>10}{'memory':>12}")
-    for window in (3, 9, 15):
+    for window in (3, 9, 15, 2 * max(height, width) - 1):  # the last: the whole frame
         command = [sys.executable, __file__, *sys.argv[1:], f"--window={window}"]
         answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         seconds, mebibytes = map(float, answer.split())
         operations = 2 * (arguments.frames - 1) * height * width * window**2 * arguments.channels
+        case = {"frames": arguments.frames, "grid": arguments.grid, "channels": arguments.channels, "window": window}
+        records.add(case, {"operations": operations, "seconds": seconds, "MiB": mebibytes})
         print(f"{window:>8}{operations / 1e9:>12.3f}e9{seconds:>8.1f} s{mebibytes:>8.0f} MiB")
 
 

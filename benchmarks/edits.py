@@ -1,17 +1,16 @@
 """Edits of clips whose motion is known, by COVE and by other ways, on the same model, seeds and clips.
 
-    python benchmarks/edits.py [--clips 4] [--seeds 3] [--frames 6] [--steps 20]
+    python benchmarks/edits.py [--clips 4] [--seeds 0 1 2] [--frames 6] [--steps 20]
 
 Each clip gets one edit of its colour or its texture. Counted are: how often a classifier sees the edit in a frame, and
 how often all that was to stay; how far colours drift along true tracks; the error of each frame carried onto the last
-along the true flow; seconds for inversion and sampling. Drift and warping error of the source stand beside them: an
-edit cannot have less for a reason.
+along the true flow; seconds for the whole edit. Drift and warping error of the source, through the autoencoder, stand
+beside them: an edit cannot have less for a reason.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ import torch  # noqa: E402
 from torch import Generator, Tensor  # noqa: E402
 
 from benchmarks.model import load_demo  # noqa: E402
+from benchmarks.records import FOLDER, Records, add_part  # noqa: E402
 from cove.flow import correspondence_of, dis_flow  # noqa: E402
 from cove.metrics import colour_drift, warping_error  # noqa: E402
 from scripts.host import provide_host  # noqa: E402
@@ -32,7 +32,7 @@ from training.clips import MOTIONS, Clip, random_clip  # noqa: E402
 from training.world import COLOURS, TEXTURES, Scene, caption  # noqa: E402
 
 SIDE, CFG, REFINEMENTS = 128, 3.0, 1
-MEASURES = ("edited", "kept", "drift", "warping error", "seconds")
+SOURCE = "source"
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class Way:
     all_frames: bool = True
     guided_inversion: bool = True
     injection: bool = True
-    matches: str = "features"  # or "flow"
+    matches: str = "features"  # or "flow", or "truth"
+    include_self: bool = False
     tokenflow: bool = False
 
 
@@ -56,11 +57,13 @@ WAYS = {
     "COVE, K = 3": COVE,
     "COVE, K = 5": replace(COVE, k=5),
     "COVE, K = 3, nothing merged": replace(COVE, merge_ratio=0.0),
-    "COVE, plain inversion": replace(COVE, guided_inversion=False),
-    "COVE, own frame only": replace(COVE, all_frames=False),
-    "COVE, no injection": replace(COVE, injection=False),
-    "spatial-temporal, no injection": Way(injection=False),
-    "along optical flow": replace(COVE, k=1, merge_ratio=0.0, matches="flow"),
+    "COVE, K = 3, token itself among them": replace(COVE, include_self=True),
+    "COVE, K = 3, plain inversion": replace(COVE, guided_inversion=False),
+    "COVE, K = 3, own frame only": replace(COVE, all_frames=False),
+    "COVE, K = 3, no injection": replace(COVE, injection=False),
+    "spatial-temporal attention, no injection": Way(injection=False),
+    "COVE, K = 1, true matches": replace(COVE, k=1, matches="truth"),
+    "along optical flow": replace(COVE, k=1, merge_ratio=0.0, matches="flow", include_self=True),
     "TokenFlow": Way(all_frames=False, tokenflow=True),
 }
 
@@ -79,31 +82,35 @@ class Editor:
     def prompt(self, words: str):
         return self.text.encode_from_tokens_scheduled(self.text.tokenize(words))
 
-    def edit(self, way: Way, pictures: Tensor, source: str, target: str, features: dict) -> Tensor:
+    def guided(self, way: Way, clip: Clip, latent: dict, source, **features):
+        """MODEL as this way has it in inversion and sampling."""
+        if way.k is None:
+            return self.attention(way) if way.all_frames else self.model
+        grid = tuple(latent["samples"].shape[-2:])
+        if way.matches == "flow":
+            matches = correspondence_of(*dis_flow(clip.draw(SIDE)), *grid)
+        elif way.matches == "truth":
+            matches = correspondence_of(true_flow(clip, SIDE)[0], true_flow(clip, SIDE, -1)[0], *grid)
+        else:
+            wires = {"model": self.model, "latent": latent, "conditioning": source}
+            found, _ = self.node("DiffusionFeatures", **wires, **features)
+            (matches,) = self.node("Correspondence", features=found, k=way.k)
+        return self.attention(way, correspondence=matches)
+
+    def edit(self, way: Way, clip: Clip, source: str, target: str, features: dict) -> Tensor:
         """The edited clip, [frames, height, width, 3]."""
-        latent = {"samples": self.vae.encode(pictures)}
+        latent = {"samples": self.vae.encode(clip.draw(SIDE))}
         source, target, nothing = map(self.prompt, (source, target, ""))
-        guided = self.model
-        if way.k is not None:
-            if way.matches == "flow":
-                matches = correspondence_of(*dis_flow(pictures), *latent["samples"].shape[-2:])
-            else:
-                (found, _) = self.node(
-                    "DiffusionFeatures", model=self.model, latent=latent, conditioning=source, **features
-                )
-                (matches,) = self.node("Correspondence", features=found, k=way.k)
-            guided = self.attention(way, correspondence=matches)
-        elif way.all_frames:
-            guided = self.attention(way)
-        inverted = guided if way.guided_inversion and not way.tokenflow else self.model
+        guided = self.guided(way, clip, latent, source, **features)
         noise, inversion = self.node(
             "DDIMInversion",
-            model=inverted,
+            model=guided if way.guided_inversion else self.model,
             conditioning=source,
             latent=latent,
             steps=self.steps,
             sampling_steps=self.steps,
             refinements=REFINEMENTS,
+            storage="memory",
             feature_steps=self.kept,
         )
         edited = guided
@@ -122,6 +129,7 @@ class Editor:
             "CorrespondenceAttention",
             model=self.model,
             merge_ratio=way.merge_ratio,
+            include_self=way.include_self,
             spatial_temporal="all frames" if way.all_frames else "own frame",
             **inputs,
         )
@@ -141,18 +149,18 @@ def changed(clip: Clip, generator: Generator) -> tuple[Scene, str]:
     return Scene(scene.ground, (other, *scene.things[1:])), question
 
 
-def true_flow(clip: Clip, size: int) -> tuple[Tensor, Tensor]:
-    """Flow and visibility of each frame's pixels in the next: what `warping_error` takes."""
+def true_flow(clip: Clip, size: int, way: int = 1) -> tuple[Tensor, Tensor]:
+    """Flow and visibility of each frame's pixels in the next: what `warping_error` takes. -1: of the next in each."""
     flows, seen = [], []
     for number in range(len(clip.scenes) - 1):
-        places, visible = Clip(clip.scenes[number : number + 2]).tracks(0, size)
+        places, visible = Clip(clip.scenes[number : number + 2][::way]).tracks(0, size)
         flows.append(places[1] - places[0])
         seen.append(visible[1])
     return torch.stack(flows), torch.stack(seen)
 
 
 def judged(classifier, clip: Clip, target: Scene, question: str, made: Tensor) -> dict[str, float]:
-    """What `MEASURES` has before the seconds."""
+    """How often the edit is seen, and what was to stay; how far colours drift; how frames differ along the flow."""
     right = torch.tensor(answers(target))
     hits = torch.stack([score.argmax(1) for score in classifier(made.movedim(-1, 1).float())], 1) == right
     changes = torch.tensor([name == question for name in QUESTIONS])
@@ -167,50 +175,48 @@ def judged(classifier, clip: Clip, target: Scene, question: str, made: Tensor) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=4, help="clips a seed")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--frames", type=int, default=6)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--level", type=int, default=0)
     parser.add_argument("--timestep", type=int, default=261)
     parser.add_argument("--ensemble", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "edits.json")
-    parser.add_argument("--pictures", type=Path, help="folder for the edited clips, a row of frames each")
+    parser.add_argument("--output", type=Path, default=FOLDER / "edits.jsonl")
+    parser.add_argument("--pictures", type=Path, default=FOLDER / "edits", help="for the edited clips, a row each")
+    add_part(parser)
     arguments = parser.parse_args()
+    part, parts = arguments.part
 
     editor = Editor(*load_demo(provide_host()), arguments.frames, arguments.steps)
     features = {name: getattr(arguments, name) for name in ("level", "timestep", "ensemble")}
-    classifier = load_classifier()
-    found: dict[str, list[list[list[float]]]] = {}  # way -> seed -> clip -> measures
-
-    def note(name: str, seed: int, row: list[float]) -> None:
-        found.setdefault(name, [[] for _ in range(arguments.seeds)])[seed].append(row)
-
+    settings = features | {"frames": arguments.frames, "steps": arguments.steps}
+    classifier, records = load_classifier(), Records(arguments.output)
     with torch.inference_mode():
-        for seed in range(arguments.seeds):
+        for seed in arguments.seeds:
             generator = Generator().manual_seed(2000 + seed)
             for number in range(arguments.clips):
                 clip = random_clip(generator, arguments.frames, MOTIONS[number % 4])  # with one thing
                 target, question = changed(clip, generator)
-                pictures = clip.draw(SIDE)
-                note("source", seed, [*judged(classifier, clip, target, question, pictures).values(), 0.0])
-                for name in arguments.ways:
+                if number % parts != part:
+                    continue
+                words = caption(clip.scenes[0]), caption(target)
+                for name in (SOURCE, *arguments.ways):
+                    case = {"seed": seed, "clip": number, "way": name} | settings
+                    if case in records:
+                        continue
                     start = time.perf_counter()
-                    words = caption(clip.scenes[0]), caption(target)
-                    made = editor.edit(WAYS[name], pictures, *words, features)
+                    if name == SOURCE:
+                        made = editor.vae.decode(editor.vae.encode(clip.draw(SIDE)))
+                    else:
+                        made = editor.edit(WAYS[name], clip, *words, features)
                     seconds = time.perf_counter() - start
-                    row = [*judged(classifier, clip, target, question, made).values(), seconds]
-                    note(name, seed, row)
-                    print(f"{seed}.{number} {words[0]} -> {words[1]}: {name}: {[round(x, 4) for x in row]}", flush=True)
-                    if arguments.pictures:
-                        save_row(arguments.pictures / f"{seed}_{number}_{name.replace(' ', '_')}.png", pictures, made)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(found))
-    print(f"{'':34}" + "".join(f"{measure:>18}" for measure in MEASURES))
-    for name, rows in found.items():
-        means = torch.tensor(rows, dtype=torch.float64).mean(1)  # of each seed
-        cells = (f"{m:10.4f} ±{s:6.4f}" for m, s in zip(means.mean(0), means.std(0), strict=True))
-        print(f"{name:34}" + "".join(cells))
+                    measured = judged(classifier, clip, target, question, made) | {"seconds": seconds}
+                    records.add(case, {what: round(value, 6) for what, value in measured.items()})
+                    save_row(
+                        arguments.pictures / f"{seed}_{number}_{name.replace(' ', '_')}.png", clip.draw(SIDE), made
+                    )
+                    print(f"{seed}.{number} {words[0]} -> {words[1]}: {name}: {measured}", flush=True)
 
 
 def save_row(path: Path, *clips: Tensor) -> None:

@@ -84,6 +84,9 @@ def main() -> None:
 
     import torch
 
+    from benchmarks.records import FOLDER, Records
+
+    records = Records(FOLDER / "injection_cost.jsonl")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     print(
         f"{device} ({platform.machine()}), torch {torch.__version__}, float32, {arguments.frames} frames of "
@@ -104,6 +107,9 @@ def main() -> None:
     print(f"injection changes the latents by {100 * changed:.2g} %")
     print(f"{'':14}{'inversion step':>16}{'sampling step':>16}{'':9}{'working memory':>16}{'stored a step':>16}")
     for variant, (inverting, sampling, memory, stored) in found.items():
+        case = {"frames": arguments.frames, "size": arguments.size, "storage": variant}
+        measured = {"inversion": inverting, "sampling": sampling, "MiB": memory / 2**20, "stored": stored / 2**20}
+        records.add(case, measured)
         print(
             f"{variant:14}{inverting:14.1f} s{sampling:14.1f} s{100 * (sampling / found[NONE][1] - 1):+7.0f} %"
             f"{memory / 2**20:13.0f} MiB{stored / 2**20:12.1f} MiB"

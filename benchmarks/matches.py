@@ -1,18 +1,18 @@
 """How well tokens are matched, on clips whose motion is known: the paper's question of which feature to take.
 
-    python benchmarks/matches.py [--clips 10] [--seeds 3]
+    python benchmarks/matches.py [--clips 10] [--seeds 0 1 2]
 
 The tokens of the first frame are followed through the clip; counted are the points of the things, and of everything,
-that arrive within 1.5 tokens of where they truly are after one and after five frames. Beside the settings of Diffusion
-Features stand what the model does not know of (patches of colours, optical flow) and ways to match better.
+that arrive near where they truly are after one and after five frames. Beside the settings of Diffusion Features stand
+what the model does not know of (patches of colours, optical flow) and ways to match better.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,7 +24,10 @@ from einops import rearrange  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from benchmarks.model import load_demo  # noqa: E402
+from benchmarks.records import FOLDER, Records, add_part  # noqa: E402
 from cove.correspondence import Correspondence, find_correspondence  # noqa: E402
+from cove.ddim import inversion_timesteps, invert  # noqa: E402
+from cove.features import resample  # noqa: E402
 from cove.flow import dis_flow, flow_tracks  # noqa: E402
 from cove.metrics import pck  # noqa: E402
 from cove.tracks import tracks_of  # noqa: E402
@@ -32,62 +35,70 @@ from scripts.host import provide_host  # noqa: E402
 from training.clips import MOTIONS, Clip, on_top, random_clip  # noqa: E402
 from training.world import caption, pixels  # noqa: E402
 
-FRAMES, SIDE, RADIUS, WINDOW = 6, 128, 1.5, 9
-TIMESTEPS = (1, 21, 61, 121, 261, 401, 601)
-DRAWS = 8
+FRAMES, SIDE, WINDOW, DRAWS = 6, 128, 9, 8
+RADII = (0.5, 1.0, 1.5, 2.0)  # in tokens
+AFTER = (1, 5)  # frames
+TIMESTEPS = (1, 21, 61, 121, 261, 401)
+CLOSER = (21, 121, 261)  # timesteps at which the dearer ways are tried, too
+WINDOWS = (3, 5, 15, 2 * 32 - 1)  # the last: the whole frame
+NOISES = ("1 draw", f"{DRAWS} draws", "1 shared draw", f"{DRAWS} shared draws", "no noise", "inverted")
+
+Levels = list[Tensor]  # of each level of the decoder, from the last on, [frames, height, width, channels]
 
 
 class Probe:
-    """Hidden states of every decoder level of a clip, after noise of a timestep was added."""
+    """What every level of the UNet's decoder holds of a clip."""
 
     def __init__(self, model, clip, vae, nodes):
-        import comfy.utils  # noqa: F401  # the host is in this process now
-
         self.model, self.text, self.vae, self.host = model, clip, vae, sys.modules["pack.nodes._host"]
         unet = self.host.unet_of(model, "benchmark")
-        self.layers = []
-        while True:
-            try:
-                self.layers.append(self.host.decoder_level_end(unet, len(self.layers), "benchmark"))
-            except ValueError:
-                break
+        count = len(set(self.host.model.block_levels(unet).values()))
+        self.layers = [self.host.decoder_level_end(unet, level, "benchmark") for level in range(count)]
 
-    def states(self, clip: Clip, timestep: int, draws: int, shared: bool, seed: int) -> list[Tensor]:
-        """Of each level, from the last on: [draws, frames, height, width, channels]."""
-        pictures = clip.draw(SIDE)
-        latent = {"samples": self.vae.encode(pictures)}
-        conditioning = self.text.encode_from_tokens_scheduled(self.text.tokenize(caption(clip.scenes[0])))
-        generator = torch.Generator().manual_seed(seed)
-        found: list[list[Tensor]] = []
+    def states(self, clip: Clip, seed: int) -> dict[tuple[int, str], Levels]:
+        """By timestep and one of NOISES."""
+        latent = {"samples": self.vae.encode(clip.draw(SIDE))}
+        words = self.text.encode_from_tokens_scheduled(self.text.tokenize(caption(clip.scenes[0])))
+        sigmas = self.host.sigmas_at(self.model, list(TIMESTEPS))
+        found: dict[tuple[int, str], Levels] = {}
 
-        def probe(denoise, x, sigmas, extra_args, callback, disable):
-            for _ in range(draws):
-                noise = torch.randn((1 if shared else len(x), *x.shape[1:]), generator=generator).to(x)
-                with self.host.captured(self.layers[0]) as last, self._others() as others:
-                    self.host.run_unet(denoise, x + sigmas[0] * noise, sigmas[0], extra_args["model_options"])
-                found.append([state[0].float() for state in (last, *others)])
+        def probe(denoise, x, _sigmas, extra_args, callback, disable):
+            with ExitStack() as stack:
+                outputs = [stack.enter_context(self.host.captured(layer)) for layer in self.layers]
+
+                def last() -> Levels:
+                    return [resample(output[-1].float(), tuple(x.shape[-2:])).movedim(1, -1) for output in outputs]
+
+                def seen(noisy: Tensor, sigma: Tensor) -> Levels:
+                    self.host.run_unet(denoise, noisy, sigma, extra_args["model_options"])
+                    return last()
+
+                for timestep, sigma in zip(TIMESTEPS, sigmas, strict=True):
+                    found[timestep, "no noise"] = seen(x, sigma)
+                    for shared in (False, True):
+                        generator = torch.Generator().manual_seed(seed)
+                        total = 0.0
+                        for draw in range(DRAWS):
+                            noise = torch.randn((1 if shared else len(x), *x.shape[1:]), generator=generator)
+                            levels = seen(x + sigma * noise.to(x), sigma)
+                            total = [a + b for a, b in zip(total, levels, strict=True)] if draw else levels
+                            if draw + 1 in (1, DRAWS):
+                                name = f"{draw + 1}{' shared' if shared else ''} draw{'s' if draw else ''}"
+                                found[timestep, name] = total
+
+                # Where inversion stands at each timestep: noise that every frame has of itself.
+                timesteps = [timestep for timestep in inversion_timesteps(50, 50) if timestep <= TIMESTEPS[-1]]
+                grid = torch.cat((torch.zeros(1), self.host.sigmas_at(self.model, timesteps)))
+
+                def stands(step: dict) -> None:
+                    if timesteps[step["i"]] in TIMESTEPS:
+                        found[timesteps[step["i"]], "inverted"] = last()
+
+                invert(denoise, x, grid.to(x), 0, extra_args, stands)
             return x
 
-        sigmas = self.host.sigmas_at(self.model, [timestep])
-        self.host.run(self.model, probe, latent, sigmas, conditioning, node="benchmark")
-        side = latent["samples"].shape[-1]
-        levels = [torch.stack(level) for level in zip(*found, strict=True)]
-        return [
-            rearrange(
-                F.interpolate(level.flatten(0, 1), (side, side), mode="bilinear"), "(e f) c h w -> e f h w c", e=draws
-            )
-            for level in levels
-        ]
-
-    def _others(self):
-        from contextlib import ExitStack, contextmanager
-
-        @contextmanager
-        def all_of():
-            with ExitStack() as stack:
-                yield [stack.enter_context(self.host.captured(layer)) for layer in self.layers[1:]]
-
-        return all_of()
+        self.host.run(self.model, probe, latent, sigmas[:1], words, node="benchmark")
+        return found
 
 
 def unit(features: Tensor) -> Tensor:
@@ -124,68 +135,63 @@ def ways(probe: Probe, clip: Clip, seed: int) -> Iterator[tuple[str, Callable[[]
     """Name of a way to match -> the tracks it finds from the first frame, [frames, height, width, 2]."""
     pictures = clip.draw(SIDE)
 
-    def tracked(features: Tensor) -> Tensor:
-        return tracks_of(find_correspondence(unit(features), WINDOW, 1), 0)
+    def tracked(features: Tensor, window: int = WINDOW) -> Tensor:
+        return tracks_of(find_correspondence(features, window, 1), 0)
 
     grid = SIDE // probe.vae.downscale_ratio
     small = F.adaptive_avg_pool2d(pictures.movedim(-1, 1), grid).movedim(1, -1)
     colours = patches(small)
-    still = torch.zeros(FRAMES, grid, grid, 1) + 1.0
-    yield "no motion", lambda: tracks_of(find_correspondence(still, 1, 1), 0)
-    yield "RGB patches 3x3", lambda: tracked(colours - colours.mean((0, 1, 2)))
+    yield "no motion", lambda: tracked(torch.ones(FRAMES, grid, grid, 1), 1)
+    yield "RGB patches", lambda: tracked(colours - colours.mean((0, 1, 2)))
     yield "DIS flow", lambda: flow_tracks(*dis_flow(pictures), 0, grid, grid)
-    for timestep in TIMESTEPS:
-        for shared in (False, True):
-            levels = probe.states(clip, timestep, DRAWS, shared, seed)
-            noise = "shared" if shared else "independent"
-            for draws in (1, DRAWS):
-                means = [unit(level[:draws].mean(0)) for level in levels]
-                for number, mean in enumerate(means):
-                    yield f"level {number}, t {timestep}, {draws} {noise}", lambda mean=mean: tracked(mean)
-                together = torch.cat(means, -1)
-                yield f"all levels, t {timestep}, {draws} {noise}", lambda f=together: tracked(f)
-                upper = torch.cat(means[1:], -1)
-                yield (
-                    f"all levels, agreed, t {timestep}, {draws} {noise}",
-                    lambda f=together: tracks_of(agreed(unit(f)), 0),
-                )
-                yield f"all levels, neighbours, t {timestep}, {draws} {noise}", lambda f=together: tracked(patches(f))
-                yield f"upper levels, neighbours, t {timestep}, {draws} {noise}", lambda f=upper: tracked(patches(f))
+    for (timestep, noise), states in probe.states(clip, seed).items():
+        levels = [unit(state) for state in states]
+        together = torch.cat(levels, -1)
+        where = f"t {timestep}, {noise}"
+        for number, level in enumerate(levels):
+            yield f"level {number}, {where}", lambda f=level: tracked(f)
+        yield f"all levels, {where}", lambda f=together: tracked(f)
+        if timestep in CLOSER and noise in ("1 draw", f"{DRAWS} draws", "no noise", "inverted"):
+            yield f"all levels, agreed, {where}", lambda f=together: tracks_of(agreed(f), 0)
+            yield f"level 1, agreed, {where}", lambda f=levels[1]: tracks_of(agreed(f), 0)
+            yield f"all levels, neighbours, {where}", lambda f=together: tracked(patches(f))
+            yield f"level 1, neighbours, {where}", lambda f=levels[1]: tracked(patches(f))
+            for window in WINDOWS:
+                yield f"all levels, window {window}, {where}", lambda f=together, w=window: tracked(f, w)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=10, help="clips a seed, of every motion in turn")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "matches.json")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--output", type=Path, default=FOLDER / "matches.jsonl")
+    add_part(parser)
     arguments = parser.parse_args()
+    part, parts = arguments.part
 
-    probe = Probe(*load_demo(provide_host()))
-    shares: dict[str, list[list[list[float]]]] = {}  # way -> seed -> clip -> things and all, after 1 and 5 frames
+    probe, records = Probe(*load_demo(provide_host())), Records(arguments.output)
+    grid = SIDE // probe.vae.downscale_ratio
     with torch.inference_mode():
-        for seed in range(arguments.seeds):
+        for seed in arguments.seeds:
             generator = torch.Generator().manual_seed(1000 + seed)
             for number in range(arguments.clips):
                 clip = random_clip(generator, FRAMES, MOTIONS[number % len(MOTIONS)])
-                grid = SIDE // probe.vae.downscale_ratio
+                case = {"seed": seed, "clip": number}
+                if number % parts != part or case in records:
+                    continue
                 true, visible = clip.tracks(0, grid)
-                things = visible & (on_top(clip.scenes[0], pixels(grid)) >= 0)
+                points = {"things": visible & (on_top(clip.scenes[0], pixels(grid)) >= 0), "all": visible}
+                measured = {}
                 for name, find in ways(probe, clip, seed):
                     places = find()
-                    row = [
-                        pck(places, true, which, RADIUS)[after].item()
-                        for which in (things, visible)
-                        for after in (1, 5)
-                    ]
-                    shares.setdefault(name, [[] for _ in range(arguments.seeds)])[seed].append(row)
+                    measured[name] = {
+                        f"{what}, {after}, {radius}": round(pck(places, true, which, radius)[after].item(), 4)
+                        for what, which in points.items()
+                        for after in AFTER
+                        for radius in RADII
+                    }
+                records.add(case, measured)
                 print(f"seed {seed}: {number + 1} of {arguments.clips} clips", flush=True)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(shares))
-    columns = ("things, 1 frame", "things, 5 frames", "all, 1 frame", "all, 5 frames")
-    print(f"{'':48}" + "".join(f"{column:>18}" for column in columns))
-    for name, found in shares.items():
-        means = torch.tensor(found).nanmean(1)  # of each seed
-        print(f"{name:48}" + "".join(f"{m:11.3f} ±{s:5.3f}" for m, s in zip(means.mean(0), means.std(0), strict=True)))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from PIL import Image  # noqa: E402
 from torch import Generator, Tensor  # noqa: E402
 
 from benchmarks.model import load_demo  # noqa: E402
+from benchmarks.records import FOLDER, Records  # noqa: E402
 from scripts.host import provide_host  # noqa: E402
 from training.classifier import QUESTIONS, answers, load_classifier  # noqa: E402
 from training.world import caption, draw, random_scene  # noqa: E402
@@ -38,7 +39,17 @@ def sample(model, clip, side: int, words: str, seed: int) -> Tensor:
     latent = torch.zeros(1, 4, side, side)
     noise = comfy.sample.prepare_noise(latent, seed)
     return comfy.sample.sample(
-        model, noise, STEPS, CFG, "ddim", "ddim_uniform", encoded(words), encoded(""), latent, disable_pbar=True
+        model,
+        noise,
+        STEPS,
+        CFG,
+        "ddim",
+        "ddim_uniform",
+        encoded(words),
+        encoded(""),
+        latent,
+        disable_pbar=True,
+        seed=seed,
     )
 
 
@@ -55,6 +66,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "demo" / "samples.jpg")
     arguments = parser.parse_args()
 
+    records = Records(FOLDER / "samples.jsonl")
     scenes = [random_scene(Generator().manual_seed(SEED * 2**32 + i), most=1) for i in range(arguments.count)]
     right = torch.tensor([answers(scene) for scene in scenes])
     drawn = torch.stack([draw(scene, SIDE) for scene in scenes])
@@ -65,6 +77,7 @@ def main() -> None:
         again = vae.decode(vae.encode(drawn.movedim(1, -1)))
         for name, pictures in (("sampled", made), ("drawn", again)):
             found = agreement(pictures.movedim(-1, 1).float(), right)
+            records.add({"pictures": name, "count": arguments.count}, found)
             print(f"{name:8}" + ", ".join(f"{question} {100 * share:.0f} %" for question, share in found.items()))
     columns = math.isqrt(arguments.count)
     rows = [torch.cat(list(row), 1) for row in made.split(columns) if len(row) == columns]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import pairwise
+
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -10,13 +13,14 @@ from .correspondence import Correspondence
 from .tracks import look_up
 
 
-def dis_flow(frames: Tensor) -> tuple[Tensor, Tensor]:
+def dis_flow(frames: Tensor, progress: Callable[[int, int], None] | None = None) -> tuple[Tensor, Tensor]:
     """Where each pixel moves to in the next frame, and where each pixel of the next frame comes from.
 
     Dense inverse search (Kroeger et al., 2016, ECCV), as OpenCV has it, at its finest setting.
 
     Args:
         frames: [frames, height, width, 3] of values in 0..1, 12 pixels or more a side.
+        progress: called with (done, total) pairs of frames.
 
     Returns:
         forward, backward: [frames - 1, height, width, 2], (x, y) in pixels, float32.
@@ -33,13 +37,13 @@ def dis_flow(frames: Tensor) -> tuple[Tensor, Tensor]:
     dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     dis.setFinestScale(0)
 
-    def between(one, other) -> Tensor:
-        return torch.from_numpy(dis.calc(one, other, None))
-
-    pairs = list(zip(grey[:-1], grey[1:], strict=True))
-    empty = frames.new_empty((0, *frames.shape[1:3], 2), dtype=torch.float32)
-    forward, backward = ([between(*pair[::way]) for pair in pairs] for way in (1, -1))
-    return (torch.stack(forward), torch.stack(backward)) if pairs else (empty, empty)
+    forward, backward = flows = torch.empty((2, len(grey) - 1, *frames.shape[1:3], 2))
+    for i, (one, other) in enumerate(pairwise(grey)):
+        flows[0, i] = torch.from_numpy(dis.calc(one, other, None))
+        flows[1, i] = torch.from_numpy(dis.calc(other, one, None))
+        if progress is not None:
+            progress(i + 1, len(grey) - 1)
+    return forward, backward
 
 
 def agree(forward: Tensor, backward: Tensor) -> Tensor:

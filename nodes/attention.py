@@ -54,6 +54,12 @@ class CorrespondenceAttention(io.ComfyNode):
                     step=0.01,
                     tooltip="Less leaves the last part of sampling, the details, as it is without this node.",
                 ),
+                io.Boolean.Input(
+                    "include_self",
+                    default=False,
+                    tooltip="Puts the token itself among its matches: it keeps more of its own (FLATTEN). The paper "
+                    "leaves it out.",
+                ),
                 _host.CorrespondenceType.Input(
                     "correspondence",
                     optional=True,
@@ -66,7 +72,7 @@ class CorrespondenceAttention(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, merge_ratio, spatial_temporal, start_percent, end_percent, correspondence=None
+        cls, model, merge_ratio, spatial_temporal, start_percent, end_percent, include_self, correspondence=None
     ) -> io.NodeOutput:
         patched = _host.guide_self_attention(
             model,
@@ -75,6 +81,7 @@ class CorrespondenceAttention(io.ComfyNode):
             spatial_temporal == ALL_FRAMES,
             start_percent,
             end_percent,
+            include_self,
             node="Correspondence Attention",
         )
         return io.NodeOutput(patched)

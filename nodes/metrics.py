@@ -1,12 +1,16 @@
-"""Reconstruction Check: look before you edit."""
+"""Reconstruction Check and Edit Check: how well a clip comes back, and how steady an edit is."""
 
 from __future__ import annotations
 
+import comfy.model_management
+import comfy.utils
 import torch
 from comfy_api.v0_0_2 import io, ui
 
-from ..cove import metrics
+from ..cove import metrics, report
 from . import _host
+
+SMALLEST = 12  # pixels a side: SSIM's window and the optical flow want as many
 
 
 class ReconstructionCheck(io.ComfyNode):
@@ -47,17 +51,7 @@ class ReconstructionCheck(io.ComfyNode):
     def execute(cls, source, reconstruction, vae_only=None, inversion=None) -> io.NodeOutput:
         clips = {"source": source, "vae_only": vae_only, "reconstruction": reconstruction}
         clips = {name: clip[..., :3].cpu() for name, clip in clips.items() if clip is not None}
-        for name, clip in clips.items():
-            if clip.shape != clips["source"].shape:
-                raise ValueError(
-                    f"Reconstruction Check: source is {_spell(clips['source'])}, but {name} is {_spell(clip)}. Make "
-                    f"both from the same frames."
-                )
-        if min(source.shape[1:3]) < metrics.SSIM_WINDOW:
-            raise ValueError(
-                f"Reconstruction Check: expected frames of {metrics.SSIM_WINDOW}x{metrics.SSIM_WINDOW} pixels or more, "
-                f"got {_spell(source)}. Load larger frames."
-            )
+        _check_alike(cls, clips)
         # Against what the VAE leaves where it is known: the inversion never saw more.
         reference = clips.get("vae_only", clips["source"])
         back = metrics.psnr(clips["reconstruction"], reference)
@@ -67,23 +61,96 @@ class ReconstructionCheck(io.ComfyNode):
         text = metrics.verdict(float(back[worst]), *about, vae=vae)
         if inversion is not None:
             text += f" ({inversion.quality()})"
-        report = f"{text} Lowest PSNR {back[worst]:.1f} dB, frame {worst}.\n\n{_table(clips)}"
-        _host.say(cls, report)
+        columns = {}
+        for name in [name for name in ("reconstruction", "vae_only") if name in clips]:
+            for measure in (metrics.psnr, metrics.ssim):
+                columns[f"{name} {measure.__name__.upper()}"] = measure(clips[name], clips["source"]).tolist()
+        text = f"{text} Lowest PSNR {back[worst]:.1f} dB, frame {worst}.\n\n{report.table(columns)}"
+        _host.say(cls, text)
         sheet = torch.cat(list(clips.values()), dim=2)
-        return io.NodeOutput(sheet, report, ui=ui.PreviewImage(sheet, cls=cls))
+        return io.NodeOutput(sheet, text, ui=ui.PreviewImage(sheet, cls=cls))
 
 
-def _table(clips: dict[str, torch.Tensor]) -> str:
-    """PSNR in dB and SSIM of each frame against the source, as a table of plain text."""
-    heads, columns = ["frame"], [range(len(clips["source"]))]
-    for name in [name for name in ("reconstruction", "vae_only") if name in clips]:
-        heads += [f"{name} PSNR", "SSIM"]
-        columns += [metric(clips[name], clips["source"]).tolist() for metric in (metrics.psnr, metrics.ssim)]
-    lines = ["  ".join(heads)]
-    for numbers in zip(*columns, strict=True):
-        cells = (f"{number:.{1 if i % 2 else 4}f}" if i else str(number) for i, number in enumerate(numbers))
-        lines.append("  ".join(cell.rjust(len(head)) for cell, head in zip(cells, heads, strict=True)))
-    return "\n".join(lines)
+class EditCheck(io.ComfyNode):
+    """Warping error of Lai et al., 2018; CLIP similarities as TokenFlow and COVE report them."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CoveEditCheck",
+            display_name="Edit Check",
+            category="COVE",
+            description="Measures how steady an edited clip is, and how far it is from its source. To compare settings "
+            "by numbers: change one, look at both.",
+            inputs=[
+                io.Image.Input("source", tooltip="The frames out of Load Frames."),
+                io.Image.Input("edited", tooltip="The edited frames, of the same size."),
+                io.ClipVision.Input(
+                    "clip_vision",
+                    optional=True,
+                    tooltip="Out of Load CLIP Vision. If given, how alike each frame and the next are to CLIP.",
+                ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="With clip_vision: how alike each frame and the prompt are. The text half of the same "
+                    "CLIP, out of Load CLIP; that of an SD1.5 checkpoint lacks the layer it takes.",
+                ),
+                io.String.Input("prompt", default="", multiline=True, tooltip="The edit prompt; only used with clip."),
+            ],
+            outputs=[
+                io.Image.Output(display_name="plot"),
+                io.String.Output(display_name="report", tooltip="The numbers of each frame, and their means."),
+            ],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, source, edited, prompt, clip_vision=None, clip=None) -> io.NodeOutput:
+        node = "Edit Check"
+        clips = {"source": source[..., :3].cpu(), "edited": edited[..., :3].cpu()}
+        _check_alike(cls, clips)
+        if clip is not None and clip_vision is None:
+            raise ValueError(f"{node}: a `clip` came without a `clip_vision`. Connect both, or none.")
+        words = None if clip is None else _host.text_embedding(clip, prompt, node)
+        pairs = len(source) - 1
+        bar = comfy.utils.ProgressBar(pairs + (len(source) if clip_vision is not None else 0))
+
+        def progress(done: int, _total: int) -> None:
+            bar.update_absolute(done)
+            comfy.model_management.throw_exception_if_processing_interrupted()
+
+        columns = report.edit_columns(**clips, progress=progress)
+        if clip_vision is not None:
+            seen = _host.image_embeddings(clip_vision, edited, lambda done, total: progress(pairs + done, total))
+            columns["CLIP, next frame"] = [*(seen[:-1] * seen[1:]).sum(1).tolist(), float("nan")]
+            if words is not None:
+                _host.check_same_space(seen, words, node)
+                columns["CLIP, prompt"] = (seen @ words).tolist()
+        text = (
+            f"Motion taken out, frames differ {report.flicker(columns):.2f} times as much as the source's own do.\n\n"
+            f"{report.table(columns)}"
+        )
+        _host.say(cls, text)
+        picture = report.plot(report.panels_of(columns))
+        return io.NodeOutput(picture, text, ui=ui.PreviewImage(picture, cls=cls))
+
+
+def _check_alike(node, clips: dict[str, torch.Tensor]) -> None:
+    """An error unless all are of the source's size, and that is one which SSIM is defined for."""
+    name_of_node, source = node.define_schema().display_name, clips["source"]
+    for name, clip in clips.items():
+        if clip.shape != source.shape:
+            raise ValueError(
+                f"{name_of_node}: source is {_spell(source)}, but {name} is {_spell(clip)}. Make both from the same "
+                f"frames."
+            )
+    if min(source.shape[1:3]) < SMALLEST:
+        raise ValueError(
+            f"{name_of_node}: expected frames of {SMALLEST}x{SMALLEST} pixels or more, got {_spell(source)}. Load "
+            f"larger frames."
+        )
 
 
 def _spell(clip: torch.Tensor) -> str:
@@ -91,4 +158,4 @@ def _spell(clip: torch.Tensor) -> str:
     return f"{frames} frames of {width}x{height}"
 
 
-NODES = [ReconstructionCheck]
+NODES = [ReconstructionCheck, EditCheck]

@@ -31,6 +31,10 @@ def peak():
 """
 
 
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
 def randn(*shape, seed=0, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 

@@ -47,7 +47,7 @@ def recorded(host_module, monkeypatch):
     return calls
 
 
-def reference(cove, seen, correspondence, merge_ratio=0.5, window=None, all_frames=True):
+def reference(cove, seen, correspondence, merge_ratio=0.5, window=None, all_frames=True, include_self=False):
     """What a recorded call should have given, as plain loops."""
     heads, conds = seen.options["n_heads"], len(seen.options["cond_or_uncond"])
     frames = seen.qkv[0].shape[0] // conds
@@ -56,28 +56,32 @@ def reference(cove, seen, correspondence, merge_ratio=0.5, window=None, all_fram
     if correspondence is None or seen.options["activations_shape"][2:] != [correspondence.height, correspondence.width]:
         return tokens
     clips = tokens.unflatten(0, (conds, frames))
-    return cove.reference.correspondence_attention(clips, correspondence, heads, merge_ratio, window).flatten(0, 1)
+    guided = cove.reference.correspondence_attention(clips, correspondence, heads, merge_ratio, window, include_self)
+    return guided.flatten(0, 1)
 
 
 @pytest.mark.parametrize(
-    ("merge_ratio", "spatial_temporal", "grid"),
+    ("merge_ratio", "spatial_temporal", "include_self", "grid"),
     [
-        (0.5, "all frames", LEVEL_0),
-        (0.0, "own frame", LEVEL_0),
-        (0.25, "all frames", LEVEL_1),
-        (0.5, "all frames", None),
+        (0.5, "all frames", False, LEVEL_0),
+        (0.5, "all frames", True, LEVEL_0),
+        (0.0, "own frame", False, LEVEL_0),
+        (0.25, "all frames", False, LEVEL_1),
+        (0.5, "all frames", False, None),
     ],
 )
 def test_every_block_computes_what_the_reference_does(
-    sd15, cove, guide, matches, recorded, merge_ratio, spatial_temporal, grid
+    sd15, cove, guide, matches, recorded, merge_ratio, spatial_temporal, include_self, grid
 ):
     correspondence = matches(grid=grid) if grid else None
-    model = guide(sd15, correspondence, merge_ratio=merge_ratio, spatial_temporal=spatial_temporal)
+    settings = {"merge_ratio": merge_ratio, "include_self": include_self}
+    model = guide(sd15, correspondence, **settings, spatial_temporal=spatial_temporal)
     predict(model, latents(), prompt(1))
     grids = [tuple(seen.options["activations_shape"][2:]) for seen in recorded]
     assert grids == [LEVEL_0, LEVEL_1, LEVEL_1, LEVEL_1, LEVEL_1, LEVEL_0, LEVEL_0]
     for seen in (recorded[0], recorded[2], recorded[-1]):
-        expected = reference(cove, seen, correspondence, merge_ratio, all_frames=spatial_temporal == "all frames")
+        all_frames = spatial_temporal == "all frames"
+        expected = reference(cove, seen, correspondence, **settings, all_frames=all_frames)
         assert_close(seen.result, expected, rtol=1e-4, atol=1e-4)
 
 

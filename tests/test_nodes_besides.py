@@ -209,7 +209,7 @@ def test_another_precision_is_named(small, nodes, host_module):
 
 def test_frames_too_small_for_ssim_are_refused(nodes):
     frames = torch.rand(3, 8, 16, 3, generator=torch.Generator().manual_seed(0))
-    with refused("Reconstruction Check", "11x11 pixels or more", "Load larger frames"):
+    with refused("Reconstruction Check", "12x12 pixels or more", "Load larger frames"):
         call(nodes["ReconstructionCheck"], source=frames, reconstruction=frames)
 
 

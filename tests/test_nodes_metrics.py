@@ -81,9 +81,10 @@ def test_the_worst_frame_decides(small, nodes, lines, decibels, verdict, advice)
     sheet, report = call(nodes["ReconstructionCheck"], source=source, reconstruction=back)
     assert report.startswith(verdict) and f"Lowest PSNR {decibels:.1f} dB, frame 1." in report
     assert (advice or "Edit on this inversion") in report
-    table = report.split("\n\n")[1].splitlines()
-    assert table[0].split() == ["frame", "reconstruction", "PSNR", "SSIM"] and len(table) == 1 + FRAMES
-    numbers = [line.split() for line in table[1:]]
+    head, *table, means = report.split("\n\n")[1].splitlines()
+    assert head.split() == ["frame", "reconstruction", "PSNR", "reconstruction", "SSIM"] and len(table) == FRAMES
+    assert means.split()[0] == "mean"
+    numbers = [line.split() for line in table]
     assert [row[0] for row in numbers] == ["0", "1", "2"]
     assert [row[1] for row in numbers] == ["inf", f"{decibels:.1f}", "60.0"] and numbers[0][2] == "1.0000"
     assert report in "\n".join(lines())
@@ -97,7 +98,7 @@ def test_what_the_vae_loses_is_told_apart(small, nodes):
     sheet, report = call(nodes["ReconstructionCheck"], source=source, reconstruction=back, vae_only=vae_only)
     assert report.startswith("Good") and "The VAE alone loses much" in report and "Lowest PSNR 35.0 dB" in report
     head, first, *_ = report.split("\n\n")[1].splitlines()
-    assert head.split() == ["frame", "reconstruction", "PSNR", "SSIM", "vae_only", "PSNR", "SSIM"]
+    assert head.split("  ") == ["frame", "reconstruction PSNR", "reconstruction SSIM", "vae_only PSNR", "vae_only SSIM"]
     assert first.split()[3] == "20.0" and float(first.split()[1]) < 20
     assert torch.equal(sheet, torch.cat((source, vae_only, back), 2))
     alone = call(nodes["ReconstructionCheck"], source=source, reconstruction=back)[1]

@@ -11,7 +11,7 @@ from training import train
 from training.export import export, half
 from training.models import SIZES, encode
 from training.words import LENGTH, UNKNOWN, make_tokenizer, roughen, tokens_of
-from training.world import caption, draw
+from training.world import WORDS, caption
 
 CAPTION = "a dotted yellow ring and a black cross on a tiled purple ground"
 STEPS = 4
@@ -35,8 +35,9 @@ def small(monkeypatch):
 def trained(folder, size=TINY, seed=3):
     """The two networks after their last step, and the latents' scale. Their first weights follow from the seed, too."""
     folder.mkdir(exist_ok=True)
-    autoencoder = train.train_autoencoder(size, folder, seed, CPU)
-    return autoencoder, *train.train_diffusion(size, autoencoder, folder, seed, CPU)
+    world = train.World.named("shapes", seed)
+    autoencoder = train.train_autoencoder(size, world, folder, CPU)
+    return autoencoder, *train.train_diffusion(size, world, autoencoder, folder, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +47,9 @@ def finished(tmp_path_factory):
         patch.setattr(train, "POOL", 64)
         patch.setattr(train, "FRESH", 32)
         autoencoder, diffusion, scale = trained(tmp_path_factory.mktemp("training"))
-    pictures = torch.stack([draw(train.scene(3, number), TINY.picture) for number in range(5)])
+    pictures = train.World.named("shapes", 3).pictures(range(5), TINY.picture)
     path = tmp_path_factory.mktemp("demo") / "tiny.safetensors"
-    export(path, TINY, autoencoder, diffusion, scale, pictures)
+    export(path, TINY, make_tokenizer(WORDS), autoencoder, diffusion, scale, pictures)
     for network in (autoencoder, diffusion):
         for parameter in network.parameters():
             parameter.copy_(half(parameter))
@@ -114,20 +115,22 @@ def test_comfyui_can_read_the_channels(size):
 
 
 def test_captions_become_tokens():
-    tokenizer = make_tokenizer()
-    tokens = tokens_of(tokenizer, [CAPTION, "", "A RED, star! on-a houseboat"])
-    assert tokens.shape == (3, LENGTH)
+    tokenizer = make_tokenizer(WORDS)
+    tokens = tokens_of(tokenizer, [CAPTION, "", "A RED, star! on-a houseboat", "star " * 30])
+    assert tokens.shape == (4, LENGTH)
     start, end, unknown = (tokenizer.token_to_id(mark) for mark in ("<start>", "<end>", UNKNOWN))
     words = [tokenizer.id_to_token(number) for number in tokens[0].tolist()]
     assert words[1 : words.index("<end>")] == CAPTION.split()
     assert tokens[1].tolist() == [start] + [end] * (LENGTH - 1)
+    assert tokens[3].tolist() == [start, *[tokenizer.token_to_id("star")] * (LENGTH - 2), end]
     expected = [start, *map(tokenizer.token_to_id, ["a", "red", "star", "on", "a"]), unknown]
     assert tokens[2].tolist() == expected + [end] * (LENGTH - len(expected))
 
 
 def test_the_longest_caption_fits_with_the_words_that_are_added():
     longest = "a checkered orange triangle and a checkered orange triangle on a cloudy orange ground"
-    most = max(len(caption(train.scene(1, number)).split()) for number in range(500))
+    world = train.World.named("shapes", 1)
+    most = max(len(caption(world.scene(number)).split()) for number in range(500))
     assert most == len(longest.split())
     assert most + 3 + 2 <= LENGTH
 
@@ -161,7 +164,7 @@ def loaded(finished, host_module):
 def test_comfyui_reads_captions_as_they_were_trained(finished, loaded):
     text, clip = finished[2].text, loaded[1]
     with torch.no_grad():
-        expected = text(tokens_of(make_tokenizer(), [CAPTION])).last_hidden_state
+        expected = text(tokens_of(make_tokenizer(WORDS), [CAPTION])).last_hidden_state
     found = clip.encode_from_tokens_scheduled(clip.tokenize(CAPTION.upper() + "!"))[0][0]
     assert_close(found, expected)
 

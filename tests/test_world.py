@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from tests.method_helpers import randn
+from tests.method_helpers import generator, randn
 from training.clips import MOTIONS, Clip, on_top, random_clip
 from training.world import (
     COLOURS,
@@ -28,10 +28,6 @@ from training.world import (
 SIZE = 97
 THING = Thing("star", "red", "striped", x=0.13, y=-0.29, radius=0.53, angle=0.7)
 GROUND = Ground("blue", "cloudy", tilt=1.1, seed=7, x=0.3, y=-0.2, zoom=1.1)
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize("layer", [THING, GROUND], ids=["thing", "ground"])

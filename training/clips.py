@@ -63,14 +63,14 @@ def on_top(scene: Scene, points: Tensor) -> Tensor:
     """The thing that is seen at points of the picture, [..., 2] -> [...]: its place in `things`, -1 for the ground."""
     seen = torch.full(points.shape[:-1], -1)
     for number, thing in enumerate(scene.things):
-        seen[thing.distance(points) < 0] = number
+        seen[thing.covers(points)] = number
     return seen
 
 
 def random_clip(generator: Generator, frames: int, motion: str = "all") -> Clip:
     """A thing that moves, grows or shrinks, turns, does all of it, or is crossed by another, over a moving ground.
 
-    From frame to frame a thing moves by 0.03 to 0.08 of half the picture, one or two tokens of 32, and the ground by
+    From frame to frame a thing moves by 0.06 to 0.14 of half the picture, one or two tokens of 32, and the ground by
     half of that; it turns by 3 to 8 degrees, and over the whole clip it grows or shrinks by up to a third.
     """
     if motion not in MOTIONS:
@@ -89,7 +89,7 @@ def random_clip(generator: Generator, frames: int, motion: str = "all") -> Clip:
     if motion == "occlude":
         other = replace(_centred(random_scene(generator, most=1).things[0], generator), radius=0.35)
         paths.append((other, _pace(generator, 0.12, 0.16), turn, growth))
-    drift = _pace(generator, 0.015, 0.04)
+    drift = _pace(generator, 0.03, 0.07)
     scenes = []
     for frame in range(frames):
         away = frame - middle
@@ -130,7 +130,7 @@ def _sign(generator: Generator) -> int:
     return 1 if float(torch.rand((), generator=generator)) < 0.5 else -1
 
 
-def _pace(generator: Generator, slow: float = 0.03, fast: float = 0.08) -> tuple[float, float]:
+def _pace(generator: Generator, slow: float = 0.06, fast: float = 0.14) -> tuple[float, float]:
     """A step a frame in any direction."""
     step, angle = between(slow, fast, generator), between(0, 2 * math.pi, generator)
     return step * math.cos(angle), step * math.sin(angle)

@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from cove.files import whole_file
 
 from .models import Size, encode
-from .words import LENGTH, make_tokenizer
+from .words import LENGTH
 
 RESNET = {
     "norm1": "in_layers.0",
@@ -38,7 +39,13 @@ UNET_OUTSIDE = {
 
 
 def export(
-    path: Path, size: Size, autoencoder: nn.Module, diffusion: nn.Module, scale: float, pictures: Tensor
+    path: Path,
+    size: Size,
+    tokenizer: Tokenizer,
+    autoencoder: nn.Module,
+    diffusion: nn.Module,
+    scale: float,
+    pictures: Tensor,
 ) -> None:
     """Write the file in one step.
 
@@ -62,7 +69,7 @@ def export(
         "autoencoder": size.autoencoder,
         "text": {key: getattr(diffusion.text.config, key) for key in TEXT},
         "length": LENGTH,
-        "tokenizer": make_tokenizer().to_str(),
+        "tokenizer": tokenizer.to_str(),
     }
     with whole_file(path) as temporary:
         save_file({name: half(value) for name, value in weights.items()}, temporary, {"cove_demo": json.dumps(facts)})

@@ -1,4 +1,4 @@
-"""Trains the demo model: `python -m training.train shapes`, and the same command again goes on where it was stopped.
+"""Trains a demo model: `python -m training.train shapes`, and the same command again goes on where it was stopped.
 
 Autoencoder first, on crops; then UNet and text encoder together, on its latents; then one file of half precision for
 the Load Demo Model node. What it does follows from the seed and the step alone, so a broken run goes on as it was.
@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from demo.autoencoder import LATENTS, Autoencoder
 from .export import export
 from .models import SIZES, STEPS, Diffusion, Size, alphas, encode
 from .words import make_tokenizer, roughen, tokens_of
-from .world import caption, draw, random_scene
+from .world import WORDS, Scene, caption, draw, random_scene
 
 ROOT = Path(__file__).parent.parent
 POOL = 4096  # latents at hand at one time
@@ -31,9 +32,28 @@ SAVE_EVERY = 300  # seconds
 HELD_OUT = 10**9  # scenes from this number on are never trained on
 
 
-def scene(seed: int, number: int):
-    """Scene `number` of an endless row."""
-    return random_scene(Generator().manual_seed(seed * 2**32 + number))
+@dataclass(frozen=True)
+class World:
+    """An endless row of scenes that follows from a seed, and every word that their captions may have."""
+
+    random_scene: Callable[[Generator], Scene]
+    words: tuple[str, ...]
+    seed: int
+
+    @classmethod
+    def named(cls, name: str, seed: int) -> World:
+        if name == "shapes":
+            return cls(random_scene, WORDS, seed)
+        from .emoji import Emoji  # here, as it needs Pillow
+
+        emoji = Emoji(ROOT / ".training" / "emoji")
+        return cls(emoji.random_scene, emoji.words, seed)
+
+    def scene(self, number: int) -> Scene:
+        return self.random_scene(Generator().manual_seed(self.seed * 2**32 + number))
+
+    def pictures(self, numbers: Iterable[int], size: int) -> Tensor:
+        return torch.stack([draw(self.scene(number), size) for number in numbers])
 
 
 def main() -> None:
@@ -50,10 +70,11 @@ def main() -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    autoencoder = train_autoencoder(size, folder, options.seed, device)
-    diffusion, scale = train_diffusion(size, autoencoder, folder, options.seed, device)
-    pictures = torch.stack([draw(scene(options.seed, HELD_OUT + number), size.picture) for number in range(64)])
-    export(output, size, autoencoder, diffusion, scale, pictures)
+    world = World.named(options.size, options.seed)
+    autoencoder = train_autoencoder(size, world, folder, device)
+    diffusion, scale = train_diffusion(size, world, autoencoder, folder, device)
+    pictures = world.pictures(range(HELD_OUT, HELD_OUT + 64), size.picture).to(device)
+    export(output, size, make_tokenizer(world.words), autoencoder, diffusion, scale, pictures)
     print(f"written: {output}")
 
 
@@ -121,19 +142,24 @@ class Run:
         return self.average.module.eval().requires_grad_(False)
 
 
-def train_autoencoder(size: Size, folder: Path, seed: int, device: torch.device) -> Autoencoder:
+def train_autoencoder(size: Size, world: World, folder: Path, device: torch.device) -> Autoencoder:
     """Absolute error of the colours and of their differences between neighbours, so that edges stay sharp.
 
     Latents of a hundredth of noise decode to the same picture, and a little weight keeps them near one another: what a
     diffusion model leaves unfinished then does no harm.
     """
     run = Run(
-        lambda: Autoencoder(size.autoencoder), folder / "autoencoder.pt", size.autoencoder_steps, 1e-3, seed, device
+        lambda: Autoencoder(size.autoencoder),
+        folder / "autoencoder.pt",
+        size.autoencoder_steps,
+        1e-3,
+        world.seed,
+        device,
     )
 
     def loss_of(generator: Generator) -> Tensor:
         numbers = torch.randint(HELD_OUT, (size.batch,), generator=generator).tolist()
-        pictures = torch.stack([draw(scene(seed, number), size.picture) for number in numbers]).to(device) * 2 - 1
+        pictures = world.pictures(numbers, size.picture).to(device) * 2 - 1
         latents = run.model.encode(pictures)
         noise = torch.randn(latents.shape, generator=generator).to(device)
         again = run.model.decode(latents + 0.1 * noise).float()
@@ -148,15 +174,15 @@ def train_autoencoder(size: Size, folder: Path, seed: int, device: torch.device)
 class Pool:
     """A window on the endless row of scenes, as latents and captions, that moves on at each step."""
 
-    def __init__(self, size: Size, autoencoder: Autoencoder, seed: int, start: int):
-        self.size, self.autoencoder, self.seed, self.next = size, autoencoder, seed, start
+    def __init__(self, size: Size, world: World, autoencoder: Autoencoder, start: int):
+        self.size, self.world, self.autoencoder, self.next = size, world, autoencoder, start
         self.latents = torch.empty(POOL, LATENTS, size.latent, size.latent)
         self.captions = [""] * POOL
         while self.next < start + POOL:
             self.move(FRESH)  # always as many at a time: the autoencoder's last bits change with the batch
 
     def move(self, count: int) -> None:
-        scenes = [scene(self.seed, number) for number in range(self.next, self.next + count)]
+        scenes = [self.world.scene(number) for number in range(self.next, self.next + count)]
         latents = encode(self.autoencoder, torch.stack([draw(s, self.size.picture) for s in scenes]))
         for offset, (one, latent) in enumerate(zip(scenes, latents, strict=True)):
             place = (self.next + offset) % POOL
@@ -165,17 +191,20 @@ class Pool:
 
 
 def train_diffusion(
-    size: Size, autoencoder: Autoencoder, folder: Path, seed: int, device: torch.device
+    size: Size, world: World, autoencoder: Autoencoder, folder: Path, device: torch.device
 ) -> tuple[nn.Module, float]:
     """Noise prediction, as Stable Diffusion's: the averaged model, and what latents are multiplied by."""
-    run = Run(lambda: Diffusion(size), folder / "diffusion.pt", size.unet_steps, size.rate, seed, device)
+    tokenizer = make_tokenizer(world.words)
+    run = Run(
+        lambda: Diffusion(size, tokenizer), folder / "diffusion.pt", size.unet_steps, size.rate, world.seed, device
+    )
     if run.done == run.steps:
         return run.train(None), json.loads((folder / "scale.json").read_text())
-    pool = Pool(size, autoencoder, seed, start=run.done * FRESH)
+    pool = Pool(size, world, autoencoder, start=run.done * FRESH)
     if run.done == 0:
         (folder / "scale.json").write_text(json.dumps(1 / pool.latents.std().item()))
     scale = json.loads((folder / "scale.json").read_text())
-    tokenizer, signal = make_tokenizer(), alphas()
+    signal = alphas()
 
     def loss_of(generator: Generator) -> Tensor:
         pool.move(FRESH)

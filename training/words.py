@@ -1,18 +1,18 @@
-"""Captions as tokens: one for each word of the world, one for all that the world has no word for."""
+"""Captions as tokens: one for each word of a world, one for all that the world has no word for."""
+
+from collections.abc import Sequence
 
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Generator, Tensor
 
-from .world import WORDS
-
-LENGTH = 24  # tokens of a caption with its start and end; the longest caption of the world has 17 words
+LENGTH = 24  # tokens of a caption with its start and end; the longest caption of shapes has 17 words
 START, END, UNKNOWN = "<start>", "<end>", "<unknown>"
 
 
-def make_tokenizer() -> Tokenizer:
+def make_tokenizer(words: Sequence[str]) -> Tokenizer:
     """Lower case, punctuation dropped, start and end added, filled up with ends as CLIP's is."""
-    vocabulary = {word: number for number, word in enumerate((START, END, UNKNOWN, *WORDS))}
+    vocabulary = {word: number for number, word in enumerate((START, END, UNKNOWN, *words))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Lowercase(), normalizers.Replace(Regex("[^a-z<>]+"), " "), normalizers.Strip()]
@@ -27,7 +27,7 @@ def make_tokenizer() -> Tokenizer:
 def tokens_of(tokenizer: Tokenizer, captions: list[str]) -> Tensor:
     """[captions, LENGTH] int64."""
     end = tokenizer.token_to_id(END)
-    rows = [encoded.ids for encoded in tokenizer.encode_batch(captions)]
+    rows = [[*encoded.ids[: LENGTH - 1], end][:LENGTH] for encoded in tokenizer.encode_batch(captions)]
     return torch.tensor([row + [end] * (LENGTH - len(row)) for row in rows])
 
 

@@ -6,7 +6,7 @@ its points in another frame is known exactly.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -30,13 +30,9 @@ OUTLINE = 0.09  # width of a thing's dark edge, as a share of its radius
 NOISE = 8  # a cloudy ground is that many random values a side, made smooth
 
 
-@dataclass(frozen=True)
-class Thing:
-    """One shape. The picture spans -1 to 1, x to the right, y down; `angle` in radians, clockwise as it is seen."""
+class Placed:
+    """Something somewhere. The picture spans -1 to 1, x to the right, y down; `angle` in radians, clockwise as seen."""
 
-    shape: str
-    colour: str
-    texture: str
     x: float
     y: float
     radius: float
@@ -54,9 +50,35 @@ class Thing:
         turned = torch.stack([c * points[..., 0] - s * points[..., 1], s * points[..., 0] + c * points[..., 1]], -1)
         return turned * self.radius + points.new_tensor([self.x, self.y])
 
+
+@dataclass(frozen=True)
+class Thing(Placed):
+    """One shape, of one colour and texture."""
+
+    shape: str
+    colour: str
+    texture: str
+    x: float
+    y: float
+    radius: float
+    angle: float
+
     def distance(self, points: Tensor) -> Tensor:
         """How far points of the picture, [..., 2], lie outside the edge, in picture units; negative inside."""
         return SHAPES[self.shape](self.inside(points)) * self.radius
+
+    def covers(self, points: Tensor) -> Tensor:
+        """Whether points of the picture, [..., 2], lie on it."""
+        return self.distance(points) < 0
+
+    def look(self, points: Tensor, pixel: float) -> tuple[Tensor, Tensor]:
+        """Its colours [..., 3] and how much of what lies behind they hide [..., 1], at points of the picture."""
+        distance = self.distance(points)
+        return _paint(self, self.inside(points), distance, pixel), _step(-distance, pixel)[..., None]
+
+    @property
+    def words(self) -> str:
+        return _named(self.texture, self.colour, self.shape)
 
 
 @dataclass(frozen=True)
@@ -81,7 +103,7 @@ class Ground:
 @dataclass(frozen=True)
 class Scene:
     ground: Ground
-    things: tuple[Thing, ...]  # back to front
+    things: tuple[Thing, ...]  # back to front; or `emoji.Sticker`s
 
 
 # ---- shapes: distance to the edge in a thing's own coordinates, [..., 2] -> [...]; the y axis points down ----
@@ -187,9 +209,8 @@ def draw(scene: Scene, size: int) -> Tensor:
     points, pixel = pixels(size), 2 / size
     picture = _ground(scene.ground, points, pixel)
     for thing in scene.things:
-        distance = thing.distance(points)
-        covered = _step(-distance, pixel)[..., None]
-        picture = picture + covered * (_paint(thing, thing.inside(points), distance, pixel) - picture)
+        colour, covered = thing.look(points, pixel)
+        picture = picture + covered * (colour - picture)
     return picture.permute(2, 0, 1)
 
 
@@ -203,17 +224,18 @@ def _named(texture: str, colour: str, noun: str) -> str:
 
 def caption(scene: Scene) -> str:
     """What the scene shows, front thing first: "a striped red star on a cloudy blue ground"."""
-    things = [_named(thing.texture, thing.colour, thing.shape) for thing in reversed(scene.things)]
+    things = [thing.words for thing in reversed(scene.things)]
     return f"{' and '.join(things)} on {_named(scene.ground.kind, scene.ground.colour, 'ground')}"
 
 
+GROUND_WORDS = ("a", "an", "and", "on", "ground", *COLOURS, *GROUNDS[1:])  # what every caption may have
 WORDS = ("a", "an", "and", "on", "ground", *COLOURS, *SHAPES, *TEXTURES, *GROUNDS[1:])
 
 
 # ---- chance and motion ----
 
 
-def _pick(choices, generator: Generator):
+def pick(choices, generator: Generator):
     return list(choices)[int(torch.randint(len(choices), (), generator=generator))]
 
 
@@ -230,22 +252,25 @@ def random_scene(generator: Generator, most: int = 2) -> Scene:
         reach = 0.95 - 0.8 * radius
         things.append(
             Thing(
-                shape=_pick(SHAPES, generator),
-                colour=_pick([colour for colour in COLOURS if colour not in {t.colour for t in things}], generator),
-                texture=_pick(TEXTURES, generator),
+                shape=pick(SHAPES, generator),
+                colour=pick([colour for colour in COLOURS if colour not in {t.colour for t in things}], generator),
+                texture=pick(TEXTURES, generator),
                 x=between(-reach, reach, generator),
                 y=between(-reach, reach, generator),
                 radius=radius,
                 angle=between(0, 2 * math.pi, generator),
             )
         )
-    free = [colour for colour in COLOURS if colour not in {thing.colour for thing in things}]
-    ground = Ground(
-        colour=_pick(free, generator),
-        kind=_pick(GROUNDS, generator),
+    return Scene(random_ground(generator, {thing.colour for thing in things}), tuple(things))
+
+
+def random_ground(generator: Generator, taken: Collection[str] = ()) -> Ground:
+    """Of none of the colours that are taken."""
+    return Ground(
+        colour=pick([colour for colour in COLOURS if colour not in taken], generator),
+        kind=pick(GROUNDS, generator),
         tilt=between(0, 2 * math.pi, generator),
         seed=int(torch.randint(2**31, (), generator=generator)),
         x=between(-1, 1, generator),
         y=between(-1, 1, generator),
     )
-    return Scene(ground, tuple(things))

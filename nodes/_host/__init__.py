@@ -6,6 +6,7 @@ Everything here is read from ComfyUI 0.3.75 and kept to what core nodes use, too
 from comfy_api.v0_0_2 import io
 
 from .attention import GuidedSelfAttention, guide_self_attention
+from .clip import check_same_space, image_embeddings, text_embedding
 from .demo import load_demo
 from .files import check_space, is_there, path_of, place_to_save, saved_files, saving, state_of
 from .injection import KEY as INJECTION_KEY
@@ -57,6 +58,7 @@ __all__ = [
     "check_conditioning",
     "check_finite",
     "check_fits",
+    "check_same_space",
     "check_space",
     "check_start",
     "check_unmasked",
@@ -66,6 +68,7 @@ __all__ = [
     "flow_tokens",
     "grid_at",
     "guide_self_attention",
+    "image_embeddings",
     "inject",
     "invert",
     "is_there",
@@ -84,5 +87,6 @@ __all__ = [
     "sigmas_at",
     "sites_of",
     "state_of",
+    "text_embedding",
     "unet_of",
 ]

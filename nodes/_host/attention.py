@@ -32,6 +32,7 @@ class GuidedSelfAttention:
     all_frames: bool
     sigma_start: float
     sigma_end: float
+    include_self: bool
     level: int
 
     def __deepcopy__(self, memo: dict) -> GuidedSelfAttention:
@@ -68,7 +69,12 @@ class GuidedSelfAttention:
         clips = tokens.unflatten(0, (conds, frames))
         guided = [
             correspondence_attention(
-                clip[None], self._of_area(area_of(options, uuid), grid), heads, self.merge_ratio, frame_indices
+                clip[None],
+                self._of_area(area_of(options, uuid), grid),
+                heads,
+                self.merge_ratio,
+                frame_indices,
+                self.include_self,
             )
             for clip, uuid in zip(clips, options["uuids"], strict=True)
         ]
@@ -98,6 +104,8 @@ def guide_self_attention(
     all_frames: bool,
     start_percent: float,
     end_percent: float,
+    include_self: bool = False,
+    *,
     node: str,
 ):
     """A clone of MODEL whose self-attention is spatial-temporal and, on the correspondence's grid, guided by it."""
@@ -108,7 +116,7 @@ def guide_self_attention(
     start, end = (sampling.percent_to_sigma(percent) for percent in (start_percent, end_percent))
     # percent_to_sigma(1.0) is 0; the smallest sigma sampled is above it.
     patches = {
-        block: GuidedSelfAttention(correspondence, merge_ratio, all_frames, start, end, level)
+        block: GuidedSelfAttention(correspondence, merge_ratio, all_frames, start, end, include_self, level)
         for block, level in levels.items()
     }
     for block, patch in patches.items():

@@ -1,0 +1,58 @@
+"""How well the demo clip comes back from its inversion on the demo model, with and without guided attention.
+
+    python benchmarks/reconstruction.py [--frames 4]
+
+The lowest PSNR of a frame, in dB, against what the autoencoder leaves of it; the source prompt, cfg 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from itertools import product
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from benchmarks.edits import COVE, SIDE, Editor  # noqa: E402
+from benchmarks.model import load_demo  # noqa: E402
+from benchmarks.records import FOLDER, Records  # noqa: E402
+from cove.metrics import psnr  # noqa: E402
+from scripts.host import provide_host  # noqa: E402
+from training.clips import Clip, demo_clip  # noqa: E402
+from training.world import caption  # noqa: E402
+
+STEPS, REFINEMENTS = (20, 50), (0, 1, 2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--frames", type=int, default=4)
+    parser.add_argument("--output", type=Path, default=FOLDER / "reconstruction.jsonl")
+    arguments = parser.parse_args()
+
+    records, clip = Records(arguments.output), Clip(demo_clip().scenes[: arguments.frames])
+    loaded = load_demo(provide_host())
+    for steps, refinements, guided in product(STEPS, REFINEMENTS, (False, True)):
+        case = {"frames": arguments.frames, "steps": steps, "refinements": refinements, "guided": guided}
+        if case in records:
+            continue
+        with torch.inference_mode():
+            editor = Editor(*loaded, arguments.frames, steps)
+            latent = {"samples": editor.vae.encode(clip.draw(SIDE))}
+            words, nothing = editor.prompt(caption(clip.scenes[0])), editor.prompt("")
+            model = editor.guided(COVE, clip, latent, words) if guided else editor.model
+            grid = {"steps": steps, "sampling_steps": steps, "refinements": refinements}
+            noise, _ = editor.node("DDIMInversion", model=model, conditioning=words, latent=latent, **grid)
+            wires = {"model": model, "positive": words, "negative": nothing, "noise": noise}
+            (back,) = editor.node("DDIMSampler", **wires, steps=steps, cfg=1.0)
+            found = psnr(editor.vae.decode(back["samples"]), editor.vae.decode(latent["samples"]))
+        records.add(case, {"lowest PSNR": round(float(found.min()), 2)})
+        print(case, f"{found.min():.1f} dB", flush=True)
+
+
+if __name__ == "__main__":
+    main()

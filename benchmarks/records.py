@@ -1,0 +1,63 @@
+"""Measurements kept one a line, so that a run of hours that was broken off goes on where it was."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent.parent / ".evidence"
+
+
+class Records:
+    """What was measured of each case; a case is a dict of plain values. Several processes may write to one file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        self.found = {_key(line["case"]): line for line in map(json.loads, lines)}
+
+    def __contains__(self, case: dict) -> bool:
+        return _key(case) in self.found
+
+    def add(self, case: dict, measured: dict) -> None:
+        line = {"case": case, "measured": measured, "on": machine()}
+        self.found[_key(case)] = line
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def __iter__(self) -> Iterator[tuple[dict, dict]]:
+        """(case, measured), in the order of the file."""
+        return ((line["case"], line["measured"]) for line in self.found.values())
+
+    def machines(self) -> set[str]:
+        return {line["on"] for line in self.found.values()}
+
+
+def add_part(parser: argparse.ArgumentParser) -> None:
+    """The option by which several processes share the clips of a run."""
+    parser.add_argument("--part", type=_part, default=(0, 1), metavar="I/N", help="every N-th clip, from the I-th on")
+
+
+def _part(text: str) -> tuple[int, int]:
+    part, parts = map(int, text.split("/"))
+    return part, parts
+
+
+def machine() -> str:
+    """What measures, in words."""
+    import torch
+
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        device = f"CPU ({platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} cores)"
+    return f"{device}, torch {torch.__version__.split('+')[0]}"
+
+
+def _key(case: dict) -> str:
+    return json.dumps(case, sort_keys=True)

@@ -1,0 +1,274 @@
+"""Puts what was measured into docs/results.md: tables between its markers, and plots beside it.
+
+    python benchmarks/results.py
+
+The words around the tables are ours, and stay. A table whose measurements are missing stays as it is, and is named.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.edits import SOURCE, WAYS  # noqa: E402
+from benchmarks.matches import CLOSER, DRAWS, NOISES, TIMESTEPS, WINDOW, WINDOWS  # noqa: E402
+from benchmarks.records import FOLDER, Records  # noqa: E402
+
+PAGE = ROOT / "docs" / "results.md"
+PAPER, STEADY = "1 draw", f"{DRAWS} draws"
+LEVELS = ("level 0", "level 1", "level 2", "all levels")
+NEAR, FAR = "things, 1, 1.5", "things, 5, 1.5"  # points of the things, after so many frames, within 1.5 tokens
+SHARES = (NEAR, FAR, "things, 5, 0.5", "all, 5, 1.5")
+MEASURES = {"edited": 3, "kept": 3, "drift": 4, "warping error": 5, "seconds": 0}  # and digits
+
+
+def records(name: str) -> Records:
+    found = Records(FOLDER / f"{name}.jsonl")
+    if not found.found:
+        raise LookupError(name)
+    return found
+
+
+def spread(values: Iterable[tuple[int, float]], digits: int) -> str:
+    """Mean over the seeds of their means, and their standard deviation, of (seed, value)."""
+    of_seed: dict[int, list[float]] = {}
+    for seed, value in values:
+        if not math.isnan(value):
+            of_seed.setdefault(seed, []).append(value)
+    means = [sum(some) / len(some) for some in of_seed.values()]
+    mean = sum(means) / len(means)
+    if len(means) < 2:
+        return f"{mean:.{digits}f}"
+    deviation = math.sqrt(sum((one - mean) ** 2 for one in means) / (len(means) - 1))
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
+
+
+def rows(heads: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+    heads = list(heads)
+    return "\n".join("| " + " | ".join(line) + " |" for line in (heads, ["---"] * len(heads), *lines))
+
+
+# ---- tables ----
+
+
+def measured_on() -> str:
+    files = sorted(FOLDER.glob("*.jsonl"))
+    if not files:
+        raise LookupError("anything")
+    machines: dict[str, list[str]] = {}
+    for file in files:
+        for machine in Records(file).machines():
+            machines.setdefault(machine, []).append(file.stem)
+    return "\n".join(f"- {machine}: {', '.join(names)}" for machine, names in machines.items())
+
+
+def samples() -> str:
+    found = list(records("samples"))
+    heads = ["", *found[0][1]]
+    return rows(heads, ([case["pictures"], *(f"{100 * x:.0f} %" for x in shares.values())] for case, shares in found))
+
+
+def share(way: str, measure: str) -> str:
+    return spread(((case["seed"], ways[way][measure]) for case, ways in records("matches")), 2)
+
+
+def _matches(ways: dict[str, str]) -> str:
+    heads = ["matches by", "1 frame on", "5 frames on", "5 on, within 0.5", "ground too, 5 on"]
+    return rows(heads, ([name, *(share(way, measure) for measure in SHARES)] for name, way in ways.items()))
+
+
+def matches_baselines() -> str:
+    ways = {
+        "level 0, t = 261, 1 draw (the paper)": f"level 0, t 261, {PAPER}",
+        "level 1, t = 261, 1 draw (DIFT's level)": f"level 1, t 261, {PAPER}",
+    }
+    return _matches({way: way for way in ("no motion", "RGB patches", "DIS flow")} | ways)
+
+
+def matches_settings() -> str:
+    heads = ["5 frames on, t = 261", *NOISES]
+    return rows(heads, ([level, *(share(f"{level}, t 261, {noise}", FAR) for noise in NOISES)] for level in LEVELS))
+
+
+def matches_timesteps() -> str:
+    heads = [f"5 frames on, {STEADY}", *(f"t = {timestep}" for timestep in TIMESTEPS)]
+    levels = ([level, *(share(f"{level}, t {t}, {STEADY}", FAR) for t in TIMESTEPS)] for level in LEVELS)
+    return rows(heads, levels)
+
+
+def matches_better() -> str:
+    ways = {}
+    for timestep in CLOSER:
+        for noise in (STEADY, "no noise", "inverted"):
+            where = f"t {timestep}, {noise}"
+            for way in ("level 1", "level 1, agreed", "level 1, neighbours", "all levels", "all levels, agreed"):
+                ways[f"{way}, {where}"] = f"{way}, {where}"
+            ways[f"all levels, neighbours, {where}"] = f"all levels, neighbours, {where}"
+    return _matches(ways)
+
+
+def matches_windows() -> str:
+    where = f"t 261, {STEADY}"
+    heads = ["all levels, t = 261", "1 frame on", "5 frames on"]
+    named = {window: f"all levels, window {window}, {where}" for window in WINDOWS}
+    named[WINDOW] = f"all levels, {where}"
+    lines = ([_window(window, 32), share(named[window], NEAR), share(named[window], FAR)] for window in sorted(named))
+    return rows(heads, lines)
+
+
+def _window(window: int, side: int) -> str:
+    return "none" if window >= 2 * side - 1 else str(window)
+
+
+def edits() -> str:
+    found = list(records("edits"))
+    names = [SOURCE, *WAYS]
+    lines = []
+    for name in names:
+        of_way = [(case["seed"], measured) for case, measured in found if case["way"] == name]
+        if of_way:
+            cells = (spread(((seed, m[what]) for seed, m in of_way), digits) for what, digits in MEASURES.items())
+            lines.append([name, *cells])
+    return rows(["", *MEASURES], lines)
+
+
+def reconstruction() -> str:
+    found = {tuple(case.values())[1:]: measured["lowest PSNR"] for case, measured in records("reconstruction")}
+    heads = ["steps", "refinements", "plain", "guided"]
+    grids = sorted({key[:2] for key in found})
+    return rows(
+        heads, ([*map(str, grid), *(f"{found[(*grid, way)]:.1f} dB" for way in (False, True))] for grid in grids)
+    )
+
+
+def correspondence_cost() -> str:
+    lines = []
+    for case, found in records("correspondence_cost"):
+        side = max(map(int, case["grid"].split("x")))
+        operations = f"{found['operations'] / 1e9:.3f} e9"
+        lines.append([_window(case["window"], side), operations, f"{found['seconds']:.1f}", f"{found['MiB']:.0f} MiB"])
+    return rows(["window", "operations", "seconds", "working memory"], lines)
+
+
+def attention_cost() -> str:
+    lines = (
+        [
+            case["attention"],
+            f"{found['seconds']:.0f} ({100 * (found['slower'] - 1):+.0f} %)",
+            f"{found['MiB'] / 1024:.1f} GiB ({found['larger']:.2f}x)",
+        ]
+        for case, found in records("attention_cost")
+    )
+    return rows(["self-attention", "seconds a step", "working memory"], lines)
+
+
+def injection_cost() -> str:
+    lines = (
+        [
+            case["storage"],
+            *(f"{found[step]:.1f}" for step in ("inversion", "sampling")),
+            f"{found['MiB'] / 1024:.2f} GiB",
+            f"{found['stored']:.1f} MiB" if found["stored"] else "-",
+        ]
+        for case, found in records("injection_cost")
+    )
+    heads = ["storage", "seconds a step, inversion", "seconds a step, sampling", "working memory", "stored a step"]
+    return rows(heads, lines)
+
+
+TABLES: tuple[Callable[[], str], ...] = (
+    measured_on,
+    samples,
+    matches_baselines,
+    matches_settings,
+    matches_timesteps,
+    matches_better,
+    matches_windows,
+    edits,
+    reconstruction,
+    correspondence_cost,
+    attention_cost,
+    injection_cost,
+)
+
+
+# ---- plots ----
+
+
+def plot_matches(path: Path) -> None:
+    """Share of points found against the timestep: a panel a kind of noise, a curve a level."""
+    from matplotlib.figure import Figure
+
+    found = list(records("matches"))
+    figure = Figure(figsize=(10, 5.4), layout="constrained")
+    panels = figure.subplots(2, 3, sharex=True, sharey=True)
+    for axes, noise in zip(panels.flat, NOISES, strict=True):
+        for level in LEVELS:
+            curve = [
+                sum(ways[f"{level}, t {timestep}, {noise}"][FAR] for _, ways in found) / len(found)
+                for timestep in TIMESTEPS
+            ]
+            axes.plot(TIMESTEPS, curve, marker="o", markersize=3, label=level)
+        for way, style in (("RGB patches", ":"), ("DIS flow", "--")):
+            axes.axhline(
+                sum(ways[way][FAR] for _, ways in found) / len(found), color="grey", linestyle=style, label=way
+            )
+        axes.set_title(noise, fontsize=10)
+    for axes in panels[-1]:
+        axes.set_xlabel("timestep")
+    panels[0, 0].legend(fontsize=7)
+    figure.supylabel("points of the things found, 5 frames on, within 1.5 tokens", fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
+def plot_edits(path: Path) -> None:
+    """What an edit gains in steadiness against how often it is seen."""
+    from matplotlib.figure import Figure
+
+    found = list(records("edits"))
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for number, name in enumerate((SOURCE, *WAYS)):
+        some = [measured for case, measured in found if case["way"] == name]
+        if some:
+            means = (sum(measured[what] for measured in some) / len(some) for what in ("edited", "drift"))
+            axes.scatter(*([mean] for mean in means), marker="os^Dvp*"[number // 10], label=name)
+    axes.set_xlabel("edit seen by the classifier (share of frames)")
+    axes.set_ylabel("colour drift along true tracks (less is steadier)")
+    axes.legend(fontsize=7, bbox_to_anchor=(1.02, 1), loc="upper left")
+    figure.savefig(path, dpi=110)
+
+
+PLOTS = {"matches.png": plot_matches, "edits.png": plot_edits}
+
+
+def main() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    for make in TABLES:
+        name, marker = make.__name__, f"<!-- {make.__name__} -->"
+        if page.count(marker) != 2:
+            sys.exit(f"{PAGE}: expected `{marker}` before and after its table, found it {page.count(marker)} times")
+        try:
+            made = make()
+        except LookupError as missing:
+            print(f"{name}: stays as it is, {missing} not measured yet")
+            continue
+        page = re.sub(f"{marker}.*{marker}", lambda _, m=marker, t=made: f"{m}\n{t}\n{m}", page, flags=re.DOTALL)
+    PAGE.write_text(page, encoding="utf-8")
+    (PAGE.parent / "results").mkdir(exist_ok=True)
+    for name, draw in PLOTS.items():
+        try:
+            draw(PAGE.parent / "results" / name)
+        except LookupError as missing:
+            print(f"{name}: stays as it is, {missing} not measured yet")
+    print(f"written: {PAGE}")
+
+
+if __name__ == "__main__":
+    main()

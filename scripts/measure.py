@@ -1,0 +1,48 @@
+"""Measure an edited clip against its source: what Edit Check says, from the command line.
+
+nox -s measure -- source.mp4 edited.mp4 [--plot plot.png]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cove.frames import read_frames
+from cove.report import edit_columns, flicker, panels_of, plot, table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="nox -s measure --", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=Path, help="the clip that was edited; its first frames, as many as edited has")
+    parser.add_argument("edited", type=Path, help="the edited clip; the source is taken at its size")
+    parser.add_argument("--plot", type=Path, help="picture to write the curves to")
+    arguments = parser.parse_args()
+    for path in (arguments.source, arguments.edited):
+        if not path.is_file():
+            parser.error(f"there is no file {path}")
+    edited, _ = read_frames(arguments.edited)
+    height, width = edited.shape[1:3]
+    source, _ = read_frames(arguments.source, count=len(edited), width=width, height=height)
+    columns = edit_columns(source, edited)
+    print(f"{len(edited)} frames of {width}x{height}. Motion taken out, frames differ {flicker(columns):.2f} times as")
+    print(f"much as the source's own do.\n\n{table(columns)}")
+    if arguments.plot:
+        from PIL import Image
+
+        (picture,) = plot(panels_of(columns))
+        Image.fromarray((picture * 255).round().byte().numpy()).save(arguments.plot)
+        print(f"\nthe plot: {arguments.plot}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError, ImportError) as failure:
+        sys.exit(f"{failure}")
