@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.records import FOLDER  # noqa: E402
 
-SHARED = ("matches", "edits")
+SHARED = ("matches", "masks", "edits")
 ALONE = {
     "samples": (),
     "reconstruction": (),

@@ -13,6 +13,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import cache, partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -131,33 +132,41 @@ def agreed(features: Tensor) -> Correspondence:
     )
 
 
-def ways(probe: Probe, clip: Clip, seed: int) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """Name of a way to match -> the tracks it finds from the first frame, [frames, height, width, 2]."""
+Tracks = Callable[[int], Tensor]  # of the tokens of a frame, [frames, height, width, 2]
+
+
+def followed(find: Callable[[], Correspondence]) -> Tracks:
+    matches = cache(find)
+    return lambda frame: tracks_of(matches(), frame)
+
+
+def ways(probe: Probe, clip: Clip, seed: int) -> Iterator[tuple[str, Tracks]]:
+    """Name of a way to match -> the tracks it finds; the work is done when they are asked for."""
     pictures = clip.draw(SIDE)
 
-    def tracked(features: Tensor, window: int = WINDOW) -> Tensor:
-        return tracks_of(find_correspondence(features, window, 1), 0)
+    def tracked(features: Tensor, window: int = WINDOW) -> Tracks:
+        return followed(lambda: find_correspondence(features, window, 1))
 
     grid = SIDE // probe.vae.downscale_ratio
     small = F.adaptive_avg_pool2d(pictures.movedim(-1, 1), grid).movedim(1, -1)
     colours = patches(small)
-    yield "no motion", lambda: tracked(torch.ones(FRAMES, grid, grid, 1), 1)
-    yield "RGB patches", lambda: tracked(colours - colours.mean((0, 1, 2)))
-    yield "DIS flow", lambda: flow_tracks(*dis_flow(pictures), 0, grid, grid)
+    yield "no motion", tracked(torch.ones(FRAMES, grid, grid, 1), 1)
+    yield "RGB patches", tracked(colours - colours.mean((0, 1, 2)))
+    flow = dis_flow(pictures)
+    yield "DIS flow", lambda frame: flow_tracks(*flow, frame, grid, grid)
     for (timestep, noise), states in probe.states(clip, seed).items():
         levels = [unit(state) for state in states]
         together = torch.cat(levels, -1)
         where = f"t {timestep}, {noise}"
         for number, level in enumerate(levels):
-            yield f"level {number}, {where}", lambda f=level: tracked(f)
-        yield f"all levels, {where}", lambda f=together: tracked(f)
+            yield f"level {number}, {where}", tracked(level)
+        yield f"all levels, {where}", tracked(together)
         if timestep in CLOSER and noise in ("1 draw", f"{DRAWS} draws", "no noise", "inverted"):
-            yield f"all levels, agreed, {where}", lambda f=together: tracks_of(agreed(f), 0)
-            yield f"level 1, agreed, {where}", lambda f=levels[1]: tracks_of(agreed(f), 0)
-            yield f"all levels, neighbours, {where}", lambda f=together: tracked(patches(f))
-            yield f"level 1, neighbours, {where}", lambda f=levels[1]: tracked(patches(f))
+            for name, features in (("level 1", levels[1]), ("all levels", together)):
+                yield f"{name}, agreed, {where}", followed(partial(agreed, features))
+                yield f"{name}, neighbours, {where}", tracked(patches(features))
             for window in WINDOWS:
-                yield f"all levels, window {window}, {where}", lambda f=together, w=window: tracked(f, w)
+                yield f"all levels, window {window}, {where}", tracked(together, window)
 
 
 def main() -> None:
@@ -183,7 +192,7 @@ def main() -> None:
                 points = {"things": visible & (on_top(clip.scenes[0], pixels(grid)) >= 0), "all": visible}
                 measured = {}
                 for name, find in ways(probe, clip, seed):
-                    places = find()
+                    places = find(0)
                     measured[name] = {
                         f"{what}, {after}, {radius}": round(pck(places, true, which, radius)[after].item(), 4)
                         for what, which in points.items()

@@ -122,6 +122,15 @@ def matches_windows() -> str:
     return rows(heads, lines)
 
 
+def masks() -> str:
+    found = list(records("masks"))
+    where = f"t 261, {STEADY}"
+    ways = ["no motion", "RGB patches", "DIS flow", *(f"{level}, {where}" for level in LEVELS)]
+    ways += [f"all levels, neighbours, {where}", "all levels, neighbours, t 261, inverted"]
+    lines = ([way, *(spread(((0, m[way][after]) for _, m in found), 2) for after in ("1", "5"))] for way in ways)
+    return rows(["masks carried by", "1 frame on", "5 frames on"], lines)
+
+
 def _window(window: int, side: int) -> str:
     return "none" if window >= 2 * side - 1 else str(window)
 
@@ -190,6 +199,7 @@ TABLES: tuple[Callable[[], str], ...] = (
     matches_timesteps,
     matches_better,
     matches_windows,
+    masks,
     edits,
     reconstruction,
     correspondence_cost,

@@ -82,6 +82,13 @@ def pck(places: Tensor, true: Tensor, visible: Tensor, radius: float) -> Tensor:
     return (right & visible).flatten(1).sum(1).double() / visible.flatten(1).sum(1)
 
 
+def overlap(found: Tensor, true: Tensor) -> float:
+    """Intersection over union of two masks, bool, of the same shape; 1 where both are empty."""
+    _check_alike(found, true)
+    union = (found | true).sum()
+    return float((found & true).sum() / union) if union else 1.0
+
+
 def colour_drift(frames: Tensor, places: Tensor, visible: Tensor) -> float:
     """How much points change their colour on their way: the root mean square of what is off a track's mean colour.
 
