@@ -46,6 +46,7 @@ class Way:
     injection: bool = True
     matches: str = "features"  # or "flow", or "truth"
     include_self: bool = False
+    refine: bool = False
     tokenflow: bool = False
 
 
@@ -57,6 +58,7 @@ WAYS = {
     "COVE, K = 3": COVE,
     "COVE, K = 5": replace(COVE, k=5),
     "COVE, K = 3, nothing merged": replace(COVE, merge_ratio=0.0),
+    "COVE, K = 3, refined": replace(COVE, refine=True),
     "COVE, K = 3, token itself among them": replace(COVE, include_self=True),
     "COVE, K = 3, plain inversion": replace(COVE, guided_inversion=False),
     "COVE, K = 3, own frame only": replace(COVE, all_frames=False),
@@ -94,7 +96,7 @@ class Editor:
         else:
             wires = {"model": self.model, "latent": latent, "conditioning": source}
             found, _ = self.node("DiffusionFeatures", **wires, **features)
-            (matches,) = self.node("Correspondence", features=found, k=way.k)
+            (matches,) = self.node("Correspondence", features=found, k=way.k, refine=way.refine)
         return self.attention(way, correspondence=matches)
 
     def edit(self, way: Way, clip: Clip, source: str, target: str, features: dict) -> Tensor:

@@ -31,6 +31,7 @@ from cove.ddim import inversion_timesteps, invert  # noqa: E402
 from cove.features import resample  # noqa: E402
 from cove.flow import dis_flow, flow_tracks  # noqa: E402
 from cove.metrics import pck  # noqa: E402
+from cove.refine import refine  # noqa: E402
 from cove.tracks import tracks_of  # noqa: E402
 from scripts.host import provide_host  # noqa: E402
 from training.clips import MOTIONS, Clip, on_top, random_clip  # noqa: E402
@@ -40,7 +41,7 @@ FRAMES, SIDE, WINDOW, DRAWS = 6, 128, 9, 8
 RADII = (0.5, 1.0, 1.5, 2.0)  # in tokens
 AFTER = (1, 5)  # frames
 TIMESTEPS = (1, 21, 61, 121, 261, 401)
-CLOSER = (21, 121, 261)  # timesteps at which the dearer ways are tried, too
+CLOSER = ((21, "no noise"), (261, "1 draw"), (261, f"{DRAWS} draws"))  # where the dearer ways are tried, too
 WINDOWS = (3, 5, 15, 2 * 32 - 1)  # the last: the whole frame
 NOISES = ("1 draw", f"{DRAWS} draws", "1 shared draw", f"{DRAWS} shared draws", "no noise", "inverted")
 
@@ -147,11 +148,15 @@ def ways(probe: Probe, clip: Clip, seed: int) -> Iterator[tuple[str, Tracks]]:
     def tracked(features: Tensor, window: int = WINDOW) -> Tracks:
         return followed(lambda: find_correspondence(features, window, 1))
 
+    def refined(features: Tensor) -> Tracks:
+        return followed(lambda: refine(find_correspondence(features, WINDOW, 1), features))
+
     grid = SIDE // probe.vae.downscale_ratio
     small = F.adaptive_avg_pool2d(pictures.movedim(-1, 1), grid).movedim(1, -1)
     colours = patches(small)
     yield "no motion", tracked(torch.ones(FRAMES, grid, grid, 1), 1)
     yield "RGB patches", tracked(colours - colours.mean((0, 1, 2)))
+    yield "RGB patches, refined", refined(colours - colours.mean((0, 1, 2)))
     flow = dis_flow(pictures)
     yield "DIS flow", lambda frame: flow_tracks(*flow, frame, grid, grid)
     for (timestep, noise), states in probe.states(clip, seed).items():
@@ -161,12 +166,15 @@ def ways(probe: Probe, clip: Clip, seed: int) -> Iterator[tuple[str, Tracks]]:
         for number, level in enumerate(levels):
             yield f"level {number}, {where}", tracked(level)
         yield f"all levels, {where}", tracked(together)
-        if timestep in CLOSER and noise in ("1 draw", f"{DRAWS} draws", "no noise", "inverted"):
+        if (timestep, noise) in CLOSER:
+            yield f"level 0, refined, {where}", refined(levels[0])
             for name, features in (("level 1", levels[1]), ("all levels", together)):
                 yield f"{name}, agreed, {where}", followed(partial(agreed, features))
+                yield f"{name}, refined, {where}", refined(features)
                 yield f"{name}, neighbours, {where}", tracked(patches(features))
+            yield f"level 1, neighbours, refined, {where}", refined(patches(levels[1]))
             for window in WINDOWS:
-                yield f"all levels, window {window}, {where}", tracked(together, window)
+                yield f"level 1, window {window}, {where}", tracked(levels[1], window)
 
 
 def main() -> None:

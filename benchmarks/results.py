@@ -88,7 +88,7 @@ def matches_baselines() -> str:
         "level 0, t = 261, 1 draw (the paper)": f"level 0, t 261, {PAPER}",
         "level 1, t = 261, 1 draw (DIFT's level)": f"level 1, t 261, {PAPER}",
     }
-    return _matches({way: way for way in ("no motion", "RGB patches", "DIS flow")} | ways)
+    return _matches({way: way for way in ("no motion", "RGB patches", "RGB patches, refined", "DIS flow")} | ways)
 
 
 def matches_settings() -> str:
@@ -104,20 +104,21 @@ def matches_timesteps() -> str:
 
 def matches_better() -> str:
     ways = {}
-    for timestep in CLOSER:
-        for noise in (STEADY, "no noise", "inverted"):
-            where = f"t {timestep}, {noise}"
-            for way in ("level 1", "level 1, agreed", "level 1, neighbours", "all levels", "all levels, agreed"):
-                ways[f"{way}, {where}"] = f"{way}, {where}"
-            ways[f"all levels, neighbours, {where}"] = f"all levels, neighbours, {where}"
+    for timestep, noise in CLOSER:
+        for level in ("level 0", "level 1", "all levels"):
+            tried = ("", ", refined") if level == "level 0" else ("", ", agreed", ", neighbours", ", refined")
+            tried += (", neighbours, refined",) if level == "level 1" else ()
+            for way in tried:
+                name = f"{level}{way}, t {timestep}, {noise}"
+                ways[name.replace("t ", "t = ")] = name
     return _matches(ways)
 
 
 def matches_windows() -> str:
     where = f"t 261, {STEADY}"
-    heads = ["all levels, t = 261", "1 frame on", "5 frames on"]
-    named = {window: f"all levels, window {window}, {where}" for window in WINDOWS}
-    named[WINDOW] = f"all levels, {where}"
+    heads = [f"level 1, t = 261, {STEADY}", "1 frame on", "5 frames on"]
+    named = {window: f"level 1, window {window}, {where}" for window in WINDOWS}
+    named[WINDOW] = f"level 1, {where}"
     lines = ([_window(window, 32), share(named[window], NEAR), share(named[window], FAR)] for window in sorted(named))
     return rows(heads, lines)
 
@@ -126,7 +127,7 @@ def masks() -> str:
     found = list(records("masks"))
     where = f"t 261, {STEADY}"
     ways = ["no motion", "RGB patches", "DIS flow", *(f"{level}, {where}" for level in LEVELS)]
-    ways += [f"all levels, neighbours, {where}", "all levels, neighbours, t 261, inverted"]
+    ways += [f"level 1, neighbours, {where}", f"level 1, refined, {where}"]
     lines = ([way, *(spread(((0, m[way][after]) for _, m in found), 2) for after in ("1", "5"))] for way in ways)
     return rows(["masks carried by", "1 frame on", "5 frames on"], lines)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,8 @@ class Correspondence:
         backward: token of frame i + 1 -> tokens of frame i, best first, int32 [frames-1, height*width, k].
         height, width: the token grid.
         window: side of the search square the matches were found in, in tokens.
+        pairs: token of frame i -> tokens of frame j, best first, int32 [frames, frames, height*width, k], where the
+            matches of frames further apart were found by `refine`; None where they are followed from link to link.
     """
 
     forward: Tensor
@@ -36,6 +38,7 @@ class Correspondence:
     height: int
     width: int
     window: int
+    pairs: Tensor | None = None
 
     def __post_init__(self):
         tokens = self.height * self.width
@@ -48,6 +51,9 @@ class Correspondence:
                 )
         if self.forward.shape != self.backward.shape:
             raise ValueError(f"forward and backward differ: {list(self.forward.shape)} and {list(self.backward.shape)}")
+        expected = (self.frames, self.frames, tokens, self.k)
+        if self.pairs is not None and (self.pairs.dtype != torch.int32 or self.pairs.shape != expected):
+            raise ValueError(f"pairs must be int32 {list(expected)}, got {self.pairs.dtype} {list(self.pairs.shape)}")
 
     @property
     def frames(self) -> int:
@@ -61,7 +67,7 @@ class Correspondence:
         """The `k` matches, in each frame of `others`, of every token of `frame`.
 
         The best match is followed from frame to frame, forwards or backwards; the matches in a frame are those of the
-        token followed to its neighbour. COVE, Eq. 9.
+        token followed to its neighbour. COVE, Eq. 9. Refined ones are looked up in `pairs`.
 
         Args:
             frame: where the tokens are.
@@ -75,6 +81,8 @@ class Correspondence:
                 raise ValueError(f"frame {index} is outside this correspondence of {self.frames} frames")
         if frame in others:
             raise ValueError(f"frame {frame} cannot be matched with itself")
+        if self.pairs is not None:
+            return self.pairs[frame, list(others)].movedim(0, 1).long()
         column = {other: i for i, other in enumerate(others)}
         found = self.forward.new_empty((self.height * self.width, len(others), self.k), dtype=torch.int64)
         for links, path, reached in (
@@ -96,24 +104,28 @@ class Correspondence:
                 f"rectangle {height}x{width} at row {top}, column {left} leaves the grid of {self.height}x{self.width}"
             )
 
-        forward, backward = (
-            crop_matches(matches, (self.height, self.width), top, left, height, width)
-            for matches in (self.forward, self.backward)
-        )
-        return Correspondence(forward, backward, height, width, self.window)
+        def cropped(matches: Tensor) -> Tensor:
+            return crop_matches(matches, (self.height, self.width), top, left, height, width)
+
+        pairs = None if self.pairs is None else cropped(self.pairs.flatten(0, 1)).unflatten(0, self.pairs.shape[:2])
+        return Correspondence(cropped(self.forward), cropped(self.backward), height, width, self.window, pairs)
 
     def to(self, device: torch.device | str) -> Correspondence:
         """The same on another device."""
         if self.forward.device == torch.device(device):
             return self
-        return Correspondence(self.forward.to(device), self.backward.to(device), self.height, self.width, self.window)
+        moved = {name: matches.to(device) for name, matches in self._matches().items()}
+        return replace(self, **moved)
+
+    def _matches(self) -> dict[str, Tensor]:
+        found = {"forward": self.forward, "backward": self.backward, "pairs": self.pairs}
+        return {name: matches for name, matches in found.items() if matches is not None}
 
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file, under a temporary name and then renamed: a kill leaves the old file or none."""
-        tensors = {"forward": self.forward, "backward": self.backward}
         metadata = {"format": FORMAT} | {name: str(getattr(self, name)) for name in ("height", "width", "window")}
         with whole_file(path) as temporary:
-            save_tensors(tensors, temporary, metadata)
+            save_tensors(self._matches(), temporary, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Correspondence:
@@ -127,11 +139,12 @@ class Correspondence:
                     file.get_tensor("forward"),
                     file.get_tensor("backward"),
                     *(int(metadata[name]) for name in ("height", "width", "window")),
+                    file.get_tensor("pairs") if "pairs" in file.keys() else None,  # noqa: SIM118
                 )
         except (SafetensorError, KeyError) as error:
             raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
         tokens = found.height * found.width
-        if any(((matches < 0) | (matches >= tokens)).any() for matches in (found.forward, found.backward)):
+        if any(((matches < 0) | (matches >= tokens)).any() for matches in found._matches().values()):
             raise ValueError(f"{path} is damaged: it names tokens outside its grid of {found.height}x{found.width}")
         return found
 
@@ -204,19 +217,19 @@ def _match(source: Tensor, target: Tensor, window: int, k: int) -> Tensor:
     height, width, channels = source.shape
     row_bytes = width * (4 * window * window + 16 * channels)  # similarities, and both frames in double
     rows = max(1, ROWS_BYTES // row_bytes)
-    offsets = _nearest_first(window, source.device)
+    offsets = nearest_first(window, source.device)
     order = (offsets + window // 2) @ offsets.new_tensor([window, 1])
     matches = []
     for top in range(0, height, rows):
         similarity = _window_similarity(source[top : top + rows], target, top, window).flatten(2)[..., order]
-        best = _first_best(similarity, k)
+        best = first_best(similarity, k)
         here = torch.arange(top * width, top * width + best.shape[0] * width, device=source.device)
         moved = offsets[best] @ offsets.new_tensor([width, 1])
         matches.append((here.view(-1, width, 1) + moved).int())
     return torch.cat(matches).flatten(0, 1)
 
 
-def _first_best(similarity: Tensor, k: int) -> Tensor:
+def first_best(similarity: Tensor, k: int) -> Tensor:
     """Positions of the `k` largest values of the last axis, the earlier first among equals; `similarity` is used up.
 
     A stable sort would say the same; for the few values wanted here this is several times faster.
@@ -255,7 +268,7 @@ def _window_similarity(source: Tensor, target: Tensor, top: int, window: int) ->
     return similarity
 
 
-def _nearest_first(window: int, device: torch.device) -> Tensor:
+def nearest_first(window: int, device: torch.device) -> Tensor:
     """The offsets (dy, dx) of a window, from its centre outwards, int64 [window*window, 2]."""
     side = torch.arange(window, device=device) - window // 2
     offsets = torch.cartesian_prod(side, side)

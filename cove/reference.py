@@ -42,6 +42,8 @@ def find_correspondence(features: Tensor, window: int, k: int) -> Correspondence
 
 def follow(correspondence: Correspondence, frame: int, token: int, other: int) -> list[int]:
     """The matches of one token of `frame` in `other`, best first: Eq. 9."""
+    if correspondence.pairs is not None:
+        return correspondence.pairs[frame, other, token].tolist()
     matches = []
     while frame != other:
         if frame < other:
@@ -52,6 +54,30 @@ def follow(correspondence: Correspondence, frame: int, token: int, other: int) -
             frame -= 1
         token = matches[0]
     return matches
+
+
+def refine(correspondence: Correspondence, features: Tensor) -> list[list[list[list[int]]]]:
+    """`cove.refine.refine`, token by token: matches of token p of frame i in frame j as [i][j][p], best first."""
+    frames, height, width, _ = features.shape
+    reach = 1
+    while min(reach + 1, height) * min(reach + 1, width) < correspondence.k:  # a corner holds k
+        reach += 1
+    pairs = [[[[p] * correspondence.k for p in range(height * width)] for _ in range(frames)] for _ in range(frames)]
+    for i in range(frames):
+        for p in range(height * width):
+            for others in (range(i + 1, frames), range(i - 1, -1, -1)):
+                at, before = p, i
+                for j in others:
+                    row, column = divmod(follow(correspondence, before, at, j)[0], width)
+                    ranked = []
+                    for h in range(max(0, row - reach), min(height, row + reach + 1)):
+                        for w in range(max(0, column - reach), min(width, column + reach + 1)):
+                            one, other = features[i].flatten(0, 1)[p], features[j, h, w]
+                            alike = float(torch.dot(one, other) / (one.norm() * other.norm()))
+                            ranked.append((-alike, (h - row) ** 2 + (w - column) ** 2, h, w))
+                    pairs[i][j][p] = [h * width + w for *_, h, w in sorted(ranked)[: correspondence.k]]
+                    at, before = pairs[i][j][p][0], j
+    return pairs
 
 
 def merge_tokens(tokens: Tensor, ratio: float) -> tuple[Tensor, list[int]]:

@@ -7,6 +7,7 @@ import comfy.utils
 from comfy_api.v0_0_2 import io
 
 from ..cove.correspondence import Correspondence, find_correspondence
+from ..cove.refine import refine as refined
 from . import _host
 
 ENDING = ".correspondence.safetensors"
@@ -42,23 +43,33 @@ class FindCorrespondence(io.ComfyNode):
                     tooltip="More lets each token attend to more matches in each other frame: smoother, slower. "
                     "The paper uses 3.",
                 ),
+                io.Boolean.Input(
+                    "refine",
+                    default=False,
+                    tooltip="Compares with the token itself again in every frame: matches of frames far apart stay "
+                    "right. The paper only follows from frame to frame.",
+                ),
             ],
             outputs=[_host.CorrespondenceType.Output(display_name="correspondence")],
         )
 
     @classmethod
-    def execute(cls, features, window, k) -> io.NodeOutput:
-        bar = comfy.utils.ProgressBar(max(1, len(features) - 1))
+    def execute(cls, features, window, k, refine) -> io.NodeOutput:
+        pairs = len(features) - 1
+        bar = comfy.utils.ProgressBar(max(1, pairs + (len(features) if refine else 0)))
 
-        def progress(done: int, total: int) -> None:
-            bar.update_absolute(done, total)
+        def progress(done: int, _total: int) -> None:
+            bar.update_absolute(done)
             comfy.model_management.throw_exception_if_processing_interrupted()
 
         device = comfy.model_management.get_torch_device()
         try:
-            found = find_correspondence(features.to(device), window, k, progress)
+            features = features.to(device)
+            found = find_correspondence(features, window, k, progress)
         except ValueError as error:
             raise ValueError(f"Correspondence: {error}") from error
+        if refine:
+            found = refined(found, features, lambda done, total: progress(pairs + done, total))
         return io.NodeOutput(found.to(comfy.model_management.intermediate_device()))
 
 

@@ -128,6 +128,25 @@ def test_error_inside_the_unet_removes_the_hook(sd15, take):
     assert state_of(model) == state
 
 
+def test_refine_compares_with_the_token_itself(comfy, nodes, cove, monkeypatch):
+    import comfy.utils
+
+    told = []
+    monkeypatch.setattr(
+        comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, *rest, **more: told.append((value, total))
+    )
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(1, HEIGHT, WIDTH, 11, generator=generator) + torch.randn(
+        5, HEIGHT, WIDTH, 11, generator=generator
+    )
+    (plain,) = call(nodes["Correspondence"], features=features, window=3, refine=False)
+    assert plain.pairs is None and told == [(i, 4) for i in range(1, 5)]
+    told.clear()
+    (found,) = call(nodes["Correspondence"], features=features, window=3, refine=True)
+    assert found.pairs.tolist() == cove.reference.refine(plain, features)
+    assert told == [(i, 9) for i in range(1, 10)]
+
+
 def test_correspondence_tells_its_progress_and_stops_when_asked(comfy, nodes, monkeypatch):
     import comfy.model_management as management
     import comfy.utils
