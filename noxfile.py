@@ -67,9 +67,13 @@ def edit(session: nox.Session) -> None:
 def measure(session: nox.Session) -> None:
     """Measure an edited clip against its source."""
     session.chdir(session.invoked_from)
+    script = str(ROOT / "scripts" / "measure.py")
+    session.run(sys.executable, script, "--check-only", *session.posargs, external=True, log=False)
+    if any(argument in ("-h", "--help") for argument in session.posargs):
+        return
     comfy = Environment(session)
     comfy.install(comfy.provide_host())
-    comfy.run(str(ROOT / "scripts" / "measure.py"), *session.posargs)
+    comfy.run(script, *session.posargs)
 
 
 @nox.session(venv_backend="none")

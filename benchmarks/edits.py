@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,22 +31,25 @@ from training.classifier import QUESTIONS, answers, load_classifier  # noqa: E40
 from training.clips import MOTIONS, Clip, random_clip  # noqa: E402
 from training.world import COLOURS, TEXTURES, Scene, caption  # noqa: E402
 
-SIDE, CFG, REFINEMENTS = 128, 3.0, 1
+SIDE, FRAMES, STEPS, CFG, REFINEMENTS = 128, 6, 20, 3.0, 1
 SOURCE = "source"
 
 
 @dataclass(frozen=True)
 class Way:
-    """How to edit. None where a node is left out."""
+    """How to edit: the settings of the nodes, `k` None where the one is left out."""
 
     k: int | None = None
+    matches: str = "features"  # or "flow", or "truth"
+    level: int = 1
+    timestep: int = 261
+    ensemble: int = 1
+    refine: bool = True
     merge_ratio: float = 0.5
+    include_self: bool = False
     all_frames: bool = True
     guided_inversion: bool = True
     injection: bool = True
-    matches: str = "features"  # or "flow", or "truth"
-    include_self: bool = False
-    refine: bool = False
     tokenflow: bool = False
 
 
@@ -58,7 +61,7 @@ WAYS = {
     "COVE, K = 3": COVE,
     "COVE, K = 5": replace(COVE, k=5),
     "COVE, K = 3, nothing merged": replace(COVE, merge_ratio=0.0),
-    "COVE, K = 3, refined": replace(COVE, refine=True),
+    "COVE, K = 3, features and matches as the paper has them": replace(COVE, level=0, refine=False),
     "COVE, K = 3, token itself among them": replace(COVE, include_self=True),
     "COVE, K = 3, plain inversion": replace(COVE, guided_inversion=False),
     "COVE, K = 3, own frame only": replace(COVE, all_frames=False),
@@ -68,6 +71,12 @@ WAYS = {
     "along optical flow": replace(COVE, k=1, merge_ratio=0.0, matches="flow", include_self=True),
     "TokenFlow": Way(all_frames=False, tokenflow=True),
 }
+
+
+def case_of(name: str, frames: int, steps: int) -> dict:
+    """What was done to a clip, in full: another setting is another case."""
+    settings = {} if name == SOURCE else asdict(WAYS[name])
+    return {"way": name, "settings": settings, "frames": frames, "steps": steps, "cfg": CFG, "refinements": REFINEMENTS}
 
 
 class Editor:
@@ -84,7 +93,7 @@ class Editor:
     def prompt(self, words: str):
         return self.text.encode_from_tokens_scheduled(self.text.tokenize(words))
 
-    def guided(self, way: Way, clip: Clip, latent: dict, source, **features):
+    def guided(self, way: Way, clip: Clip, latent: dict, source):
         """MODEL as this way has it in inversion and sampling."""
         if way.k is None:
             return self.attention(way) if way.all_frames else self.model
@@ -95,15 +104,16 @@ class Editor:
             matches = correspondence_of(true_flow(clip, SIDE)[0], true_flow(clip, SIDE, -1)[0], *grid)
         else:
             wires = {"model": self.model, "latent": latent, "conditioning": source}
+            features = {"level": way.level, "timestep": way.timestep, "ensemble": way.ensemble}
             found, _ = self.node("DiffusionFeatures", **wires, **features)
             (matches,) = self.node("Correspondence", features=found, k=way.k, refine=way.refine)
         return self.attention(way, correspondence=matches)
 
-    def edit(self, way: Way, clip: Clip, source: str, target: str, features: dict) -> Tensor:
+    def edit(self, way: Way, clip: Clip, source: str, target: str) -> Tensor:
         """The edited clip, [frames, height, width, 3]."""
         latent = {"samples": self.vae.encode(clip.draw(SIDE))}
         source, target, nothing = map(self.prompt, (source, target, ""))
-        guided = self.guided(way, clip, latent, source, **features)
+        guided = self.guided(way, clip, latent, source)
         noise, inversion = self.node(
             "DDIMInversion",
             model=guided if way.guided_inversion else self.model,
@@ -178,12 +188,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=4, help="clips a seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--frames", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--frames", type=int, default=FRAMES)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
-    parser.add_argument("--level", type=int, default=0)
-    parser.add_argument("--timestep", type=int, default=261)
-    parser.add_argument("--ensemble", type=int, default=1)
     parser.add_argument("--output", type=Path, default=FOLDER / "edits.jsonl")
     parser.add_argument("--pictures", type=Path, default=FOLDER / "edits", help="for the edited clips, a row each")
     add_part(parser)
@@ -191,8 +198,6 @@ def main() -> None:
     part, parts = arguments.part
 
     editor = Editor(*load_demo(provide_host()), arguments.frames, arguments.steps)
-    features = {name: getattr(arguments, name) for name in ("level", "timestep", "ensemble")}
-    settings = features | {"frames": arguments.frames, "steps": arguments.steps}
     classifier, records = load_classifier(), Records(arguments.output)
     with torch.inference_mode():
         for seed in arguments.seeds:
@@ -204,14 +209,14 @@ def main() -> None:
                     continue
                 words = caption(clip.scenes[0]), caption(target)
                 for name in (SOURCE, *arguments.ways):
-                    case = {"seed": seed, "clip": number, "way": name} | settings
+                    case = {"seed": seed, "clip": number} | case_of(name, arguments.frames, arguments.steps)
                     if case in records:
                         continue
                     start = time.perf_counter()
                     if name == SOURCE:
                         made = editor.vae.decode(editor.vae.encode(clip.draw(SIDE)))
                     else:
-                        made = editor.edit(WAYS[name], clip, *words, features)
+                        made = editor.edit(WAYS[name], clip, *words)
                     seconds = time.perf_counter() - start
                     measured = judged(classifier, clip, target, question, made) | {"seconds": seconds}
                     records.add(case, {what: round(value, 6) for what, value in measured.items()})

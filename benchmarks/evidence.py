@@ -2,9 +2,9 @@
 
     python -m nox -s evidence
 
-Broken off, it goes on where it was: what was measured lies in .evidence/, one line a measurement. Delete a file there
-to measure it anew. Clips are shared out among as many processes as there are cores, up to four, or one on a GPU; what
-is there to be timed runs alone.
+Broken off, it goes on where it was: what was measured lies in .evidence/, one line a measurement. Delete files there to
+measure anew. Clips are shared out among as many processes as there are cores, up to four, or one on a GPU; what only
+costs are measured of runs alone.
 """
 
 from __future__ import annotations
@@ -48,8 +48,10 @@ def main() -> None:
     for name in SHARED:
         finish(*(start(name, f"--part={i}/{parts}", threads=cores // parts) for i in range(parts)))
     for name, arguments in ALONE.items():
-        if not (FOLDER / f"{name}.jsonl").is_file() or name == "reconstruction":
+        done = FOLDER / f"{name}.done"
+        if not done.is_file():
             finish(start(name, *arguments))
+            done.touch()
     finish(start("results"))
 
 

@@ -69,13 +69,16 @@ class Probe:
                 outputs = [stack.enter_context(self.host.captured(layer)) for layer in self.layers]
 
                 def last() -> Levels:
-                    return [resample(output[-1].float(), tuple(x.shape[-2:])).movedim(1, -1) for output in outputs]
+                    states = [output[-1].float().cpu() for output in outputs]
+                    for output in outputs:
+                        output.clear()
+                    return [resample(state, tuple(x.shape[-2:])).movedim(1, -1) for state in states]
 
                 def seen(noisy: Tensor, sigma: Tensor) -> Levels:
                     self.host.run_unet(denoise, noisy, sigma, extra_args["model_options"])
                     return last()
 
-                for timestep, sigma in zip(TIMESTEPS, sigmas, strict=True):
+                for timestep, sigma in zip(TIMESTEPS, sigmas.to(x), strict=True):
                     found[timestep, "no noise"] = seen(x, sigma)
                     for shared in (False, True):
                         generator = torch.Generator().manual_seed(seed)
@@ -93,8 +96,9 @@ class Probe:
                 grid = torch.cat((torch.zeros(1), self.host.sigmas_at(self.model, timesteps)))
 
                 def stands(step: dict) -> None:
+                    levels = last()
                     if timesteps[step["i"]] in TIMESTEPS:
-                        found[timesteps[step["i"]], "inverted"] = last()
+                        found[timesteps[step["i"]], "inverted"] = levels
 
                 invert(denoise, x, grid.to(x), 0, extra_args, stands)
             return x

@@ -18,8 +18,13 @@ class Records:
     def __init__(self, path: Path):
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        self.found = {_key(line["case"]): line for line in map(json.loads, lines)}
+        self.found = {}
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # a process was killed while it wrote; it is measured again
+            self.found[_key(record["case"])] = record
 
     def __contains__(self, case: dict) -> bool:
         return _key(case) in self.found
@@ -27,8 +32,8 @@ class Records:
     def add(self, case: dict, measured: dict) -> None:
         line = {"case": case, "measured": measured, "on": machine()}
         self.found[_key(case)] = line
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        with self.path.open("ab", buffering=0) as file:  # in one piece: other processes write, too
+            file.write(f"\n{json.dumps(line)}\n".encode())
 
     def __iter__(self) -> Iterator[tuple[dict, dict]]:
         """(case, measured), in the order of the file."""

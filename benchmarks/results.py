@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.edits import SOURCE, WAYS  # noqa: E402
+from benchmarks.edits import FRAMES, SOURCE, STEPS, WAYS, case_of  # noqa: E402
 from benchmarks.matches import CLOSER, DRAWS, NOISES, TIMESTEPS, WINDOW, WINDOWS  # noqa: E402
 from benchmarks.records import FOLDER, Records  # noqa: E402
 
@@ -42,11 +43,17 @@ def spread(values: Iterable[tuple[int, float]], digits: int) -> str:
         if not math.isnan(value):
             of_seed.setdefault(seed, []).append(value)
     means = [sum(some) / len(some) for some in of_seed.values()]
-    mean = sum(means) / len(means)
+    if not means:
+        return "-"
     if len(means) < 2:
-        return f"{mean:.{digits}f}"
-    deviation = math.sqrt(sum((one - mean) ** 2 for one in means) / (len(means) - 1))
-    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
+        return f"{means[0]:.{digits}f}"
+    return f"{statistics.mean(means):.{digits}f} ± {statistics.stdev(means):.{digits}f}"
+
+
+def mean(values: Iterable[float]) -> float:
+    """Of those that are numbers."""
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known)
 
 
 def rows(heads: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
@@ -136,12 +143,16 @@ def _window(window: int, side: int) -> str:
     return "none" if window >= 2 * side - 1 else str(window)
 
 
+def edited(name: str) -> list[tuple[int, dict]]:
+    """(seed, measured) of each clip that was edited this way, with the settings that the way has now."""
+    wanted = case_of(name, FRAMES, STEPS)
+    return [(case["seed"], measured) for case, measured in records("edits") if case.items() >= wanted.items()]
+
+
 def edits() -> str:
-    found = list(records("edits"))
-    names = [SOURCE, *WAYS]
     lines = []
-    for name in names:
-        of_way = [(case["seed"], measured) for case, measured in found if case["way"] == name]
+    for name in (SOURCE, *WAYS):
+        of_way = edited(name)
         if of_way:
             cells = (spread(((seed, m[what]) for seed, m in of_way), digits) for what, digits in MEASURES.items())
             lines.append([name, *cells])
@@ -221,15 +232,10 @@ def plot_matches(path: Path) -> None:
     panels = figure.subplots(2, 3, sharex=True, sharey=True)
     for axes, noise in zip(panels.flat, NOISES, strict=True):
         for level in LEVELS:
-            curve = [
-                sum(ways[f"{level}, t {timestep}, {noise}"][FAR] for _, ways in found) / len(found)
-                for timestep in TIMESTEPS
-            ]
+            curve = [mean(ways[f"{level}, t {timestep}, {noise}"][FAR] for _, ways in found) for timestep in TIMESTEPS]
             axes.plot(TIMESTEPS, curve, marker="o", markersize=3, label=level)
         for way, style in (("RGB patches", ":"), ("DIS flow", "--")):
-            axes.axhline(
-                sum(ways[way][FAR] for _, ways in found) / len(found), color="grey", linestyle=style, label=way
-            )
+            axes.axhline(mean(ways[way][FAR] for _, ways in found), color="grey", linestyle=style, label=way)
         axes.set_title(noise, fontsize=10)
     for axes in panels[-1]:
         axes.set_xlabel("timestep")
@@ -242,13 +248,12 @@ def plot_edits(path: Path) -> None:
     """What an edit gains in steadiness against how often it is seen."""
     from matplotlib.figure import Figure
 
-    found = list(records("edits"))
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for number, name in enumerate((SOURCE, *WAYS)):
-        some = [measured for case, measured in found if case["way"] == name]
+        some = [measured for _, measured in edited(name)]
         if some:
-            means = (sum(measured[what] for measured in some) / len(some) for what in ("edited", "drift"))
+            means = (mean(measured[what] for measured in some) for what in ("edited", "drift"))
             axes.scatter(*([mean] for mean in means), marker="os^Dvp*"[number // 10], label=name)
     axes.set_xlabel("edit seen by the classifier (share of frames)")
     axes.set_ylabel("colour drift along true tracks (less is steadier)")

@@ -88,7 +88,8 @@ def correspondence_attention(
     if members == 0:
         return tokens
 
-    correspondence = correspondence.to(tokens.device)
+    if correspondence.pairs is None:
+        correspondence = correspondence.to(tokens.device)  # small, and followed here; pairs only go where they are used
     flat = tokens.flatten(1, 2)
     inverse_norm = torch.linalg.vector_norm(flat, dim=-1, dtype=torch.float32).clamp_min(1e-12).reciprocal()
     order = bipartite_order(members, tokens.device)
@@ -97,7 +98,7 @@ def correspondence_attention(
         memory_budget = CPU_BUDGET if tokens.device.type == "cpu" else GPU_BUDGET
     chunk = max(1, memory_budget // _bytes_per_token(members, channels, heads, removed, tokens.element_size()))
     for i in range(frames):
-        matches = _member_rows(correspondence, frame_indices, i, include_self)[:, order]
+        matches = _member_rows(correspondence, frame_indices, i, include_self, tokens.device)[:, order]
         for b in range(batch):
             for query, some, out in zip(*(x.split(chunk) for x in (tokens[b, i], matches, result[b, i])), strict=True):
                 members_of = flat[b][some]
@@ -107,17 +108,18 @@ def correspondence_attention(
     return result
 
 
-def _member_rows(correspondence: Correspondence, frame_indices: Sequence[int], i: int, include_self: bool) -> Tensor:
+def _member_rows(
+    correspondence: Correspondence, frame_indices: Sequence[int], i: int, include_self: bool, device: torch.device
+) -> Tensor:
     """The set of every token of the i-th frame as rows of [frames*height*width, channels]: Eq. 11.
 
     Returns:
         Frames ascending in the clip, best match first, int64 [height*width, members].
     """
     count = correspondence.height * correspondence.width
-    device = correspondence.forward.device
     ascending = sorted(range(len(frame_indices)), key=lambda j: frame_indices[j])
     others = [j for j in ascending if j != i]
-    matches = correspondence.follow(frame_indices[i], [frame_indices[j] for j in others])
+    matches = correspondence.follow(frame_indices[i], [frame_indices[j] for j in others]).to(device)
     matches += count * torch.tensor(others, dtype=torch.int64, device=device)[:, None]
     if not include_self:
         return matches.flatten(1)

@@ -73,7 +73,8 @@ def _best_around(
     """
     precise = torch.float32 if source.device.type == "mps" else torch.float64  # Metal has no doubles
     height = len(target) // width
-    chunk = max(1, ROWS_BYTES // (8 * (len(offsets) + 1) * source.shape[1]))
+    budget = ROWS_BYTES if source.device.type == "cpu" else 64 * ROWS_BYTES
+    chunk = max(1, budget // (8 * (len(offsets) + 1) * source.shape[1]))
     found = []
     for query, middle in zip(source.split(chunk), around.split(chunk), strict=True):
         rows, columns = (middle // width)[:, None] + offsets[:, 0], (middle % width)[:, None] + offsets[:, 1]

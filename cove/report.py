@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import io
+import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,11 +15,19 @@ from .metrics import psnr, ssim, warping_error
 Columns = dict[str, list[float]]  # one number a frame; NaN where there is none
 
 
+def check_libraries() -> None:
+    """ImportError that says what to install, unless all is there that edits are measured and drawn with."""
+    needed = {"cv2": "opencv-python-headless", "matplotlib": "matplotlib"}
+    missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise ImportError(f"measuring an edit needs more libraries: pip install {' '.join(missing)}")
+
+
 def edit_columns(source: Tensor, edited: Tensor, progress: Callable[[int, int], None] | None = None) -> Columns:
     """How far each frame is from the source, and from its next frame once the source's motion is taken out.
 
     The motion is DIS optical flow of the source; pixels that it does not find again are left out. The source's own
-    error stands beside the edit's, as a floor: light changes, and the flow is not perfect.
+    error stands beside the edit's, for the scale: light changes, and the flow is not perfect.
 
     Args:
         source, edited: [frames, height, width, 3] of values in 0..1, of the same shape, 12 pixels or more a side.
@@ -36,21 +44,27 @@ def edit_columns(source: Tensor, edited: Tensor, progress: Callable[[int, int], 
     return columns
 
 
-def flicker(columns: Columns) -> float:
-    """How many times as much as the source's own frames those of the edit differ, motion taken out: of the means."""
-    edit, source = (
-        torch.tensor(columns[name], dtype=torch.float64).nanmean() for name in ("warping error", "of the source")
-    )
-    return float(edit / source)
+def summary(columns: Columns) -> str:
+    """In a sentence: how steady the edit is, beside the source."""
+    edit, source = (_mean(columns[name]) for name in ("warping error", "of the source"))
+    if math.isnan(edit):
+        return "Nothing to compare: no frame has a next one that shows the same."
+    if source == 0:
+        return f"The source's frames do not differ, motion taken out; those of the edit do by {edit:.4f}."
+    return f"Motion taken out, frames differ {edit / source:.2f} times as much as the source's own do."
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Of those that are known."""
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
 
 
 def table(columns: Columns) -> str:
     """A line a frame and one of the means, right-aligned; dB with one digit, all else with four."""
     lines = [["frame"], *([str(frame)] for frame in range(len(next(iter(columns.values()))))), ["mean"]]
     for name, values in columns.items():
-        known = [value for value in values if not math.isnan(value)]
-        mean = sum(known) / len(known) if known else math.nan
-        cells = [name, *(_spell(value, 1 if "PSNR" in name else 4) for value in (*values, mean))]
+        cells = [name, *(_spell(value, 1 if "PSNR" in name else 4) for value in (*values, _mean(values)))]
         for line, cell in zip(lines, cells, strict=True):
             line.append(cell)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -83,10 +97,9 @@ def plot(panels: dict[str, Columns]) -> Tensor:
     Returns:
         A picture, [1, height, width, 3] from 0 to 1.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Plots need matplotlib: pip install matplotlib") from error
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 2.2 * len(panels)), dpi=100, layout="constrained")
     for axes, (title, curves) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
         for name, values in curves.items():
@@ -95,8 +108,8 @@ def plot(panels: dict[str, Columns]) -> Tensor:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(fontsize=8)
     axes.set_xlabel("frame")
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="rgba")
-    width, height = (round(inches * figure.dpi) for inches in figure.get_size_inches())
-    pixels = torch.frombuffer(bytearray(drawn.getvalue()), dtype=torch.uint8).view(1, height, width, 4)
-    return pixels[..., :3].float() / 255
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    width, height = canvas.get_width_height()
+    pixels = torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8)
+    return pixels.view(1, height, width, 4)[..., :3].float() / 255

@@ -28,6 +28,7 @@ class LoadDemoModel(io.ComfyNode):
                 io.Combo.Input(
                     "file",
                     options=sorted(path.name for path in FOLDER.glob("*.safetensors")),
+                    default="shapes.safetensors",
                     tooltip="What the model was trained on. shapes: frames of 128x128 pixels; prompts "
                     'like "a striped red star on a cloudy blue ground".',
                 ),

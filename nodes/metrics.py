@@ -93,8 +93,8 @@ class EditCheck(io.ComfyNode):
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="With clip_vision: how alike each frame and the prompt are. The text half of the same "
-                    "CLIP, out of Load CLIP; that of an SD1.5 checkpoint lacks the layer it takes.",
+                    tooltip="With clip_vision: how alike each frame and the prompt are. That of an SD2.x checkpoint "
+                    "with CLIP-ViT-H, or of an SDXL one with CLIP-ViT-bigG.",
                 ),
                 io.String.Input("prompt", default="", multiline=True, tooltip="The edit prompt; only used with clip."),
             ],
@@ -111,27 +111,31 @@ class EditCheck(io.ComfyNode):
         node = "Edit Check"
         clips = {"source": source[..., :3].cpu(), "edited": edited[..., :3].cpu()}
         _check_alike(cls, clips)
-        if clip is not None and clip_vision is None:
-            raise ValueError(f"{node}: a `clip` came without a `clip_vision`. Connect both, or none.")
+        if clip is not None and (clip_vision is None or not prompt.strip()):
+            missing = "`clip_vision`" if clip_vision is None else "`prompt`"
+            raise ValueError(f"{node}: a `clip` came without a {missing}. Give both, or leave `clip` open.")
+        try:
+            report.check_libraries()
+        except ImportError as error:
+            raise ImportError(f"{node}: {error}") from error
         words = None if clip is None else _host.text_embedding(clip, prompt, node)
-        pairs = len(source) - 1
-        bar = comfy.utils.ProgressBar(pairs + (len(source) if clip_vision is not None else 0))
+        seen_frames = 0 if clip_vision is None else len(source)
+        bar = comfy.utils.ProgressBar(max(1, seen_frames + len(source) - 1))
 
         def progress(done: int, _total: int) -> None:
             bar.update_absolute(done)
             comfy.model_management.throw_exception_if_processing_interrupted()
 
-        columns = report.edit_columns(**clips, progress=progress)
+        similarities = {}
         if clip_vision is not None:
-            seen = _host.image_embeddings(clip_vision, edited, lambda done, total: progress(pairs + done, total))
-            columns["CLIP, next frame"] = [*(seen[:-1] * seen[1:]).sum(1).tolist(), float("nan")]
+            seen = _host.image_embeddings(clip_vision, edited, progress)
+            similarities["CLIP, next frame"] = [*(seen[:-1] * seen[1:]).sum(1).tolist(), float("nan")]
             if words is not None:
                 _host.check_same_space(seen, words, node)
-                columns["CLIP, prompt"] = (seen @ words).tolist()
-        text = (
-            f"Motion taken out, frames differ {report.flicker(columns):.2f} times as much as the source's own do.\n\n"
-            f"{report.table(columns)}"
-        )
+                similarities["CLIP, prompt"] = (seen @ words).tolist()
+        columns = report.edit_columns(**clips, progress=lambda done, total: progress(seen_frames + done, total))
+        columns |= similarities
+        text = f"{report.summary(columns)}\n\n{report.table(columns)}"
         _host.say(cls, text)
         picture = report.plot(report.panels_of(columns))
         return io.NodeOutput(picture, text, ui=ui.PreviewImage(picture, cls=cls))

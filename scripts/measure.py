@@ -12,9 +12,6 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cove.frames import read_frames
-from cove.report import edit_columns, flicker, panels_of, plot, table
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -22,17 +19,27 @@ def main() -> None:
     )
     parser.add_argument("source", type=Path, help="the clip that was edited; its first frames, as many as edited has")
     parser.add_argument("edited", type=Path, help="the edited clip; the source is taken at its size")
+    parser.add_argument("--start", type=int, default=0, help="first frame of the source that was edited")
+    parser.add_argument("--stride", type=int, default=1, help="every so many frames of the source were edited")
     parser.add_argument("--plot", type=Path, help="picture to write the curves to")
+    parser.add_argument("--check-only", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     for path in (arguments.source, arguments.edited):
         if not path.is_file():
             parser.error(f"there is no file {path}")
+    if arguments.check_only:
+        return
+
+    from cove.frames import read_frames
+    from cove.report import check_libraries, edit_columns, panels_of, plot, summary, table
+
+    check_libraries()
     edited, _ = read_frames(arguments.edited)
     height, width = edited.shape[1:3]
-    source, _ = read_frames(arguments.source, count=len(edited), width=width, height=height)
+    taken = {"start": arguments.start, "stride": arguments.stride, "count": len(edited)}
+    source, _ = read_frames(arguments.source, **taken, width=width, height=height)
     columns = edit_columns(source, edited)
-    print(f"{len(edited)} frames of {width}x{height}. Motion taken out, frames differ {flicker(columns):.2f} times as")
-    print(f"much as the source's own do.\n\n{table(columns)}")
+    print(f"{len(edited)} frames of {width}x{height}. {summary(columns)}\n\n{table(columns)}")
     if arguments.plot:
         from PIL import Image
 

@@ -20,8 +20,8 @@ COLOURS = {"noto": (200, 30, 40), "twemoji": (20, 160, 60), "fluent": (30, 60, 2
 FRAMES, SIDE = 5, 96
 
 
-def picture(colour, shift=0, kind="PNG"):
-    """A disc's bounding square: the left half is of the colour, the right half is transparent black; 64x64."""
+def picture(colour, shift=0):
+    """The left half is of the colour, the right half is transparent black; 64x64."""
     image = Image.new("RGBA", (64, 64))
     image.paste((*colour, 255), (0, 0, 32 + shift, 64))
     return image
@@ -136,5 +136,5 @@ def test_a_package_that_is_another_is_refused(emoji, tmp_path):
 
 def test_without_npm_the_error_says_so(emoji, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(RuntimeError, match="is npm installed"):
+    with pytest.raises(RuntimeError, match="there is no npm"):
         Emoji(tmp_path / "empty").pictures  # noqa: B018

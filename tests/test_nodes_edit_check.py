@@ -1,7 +1,8 @@
 """Edit Check: what it says of clips whose steadiness is known, with a small CLIP of random weights, and its errors."""
 
+import importlib.util
 import json
-from functools import partial
+from functools import cache
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tests.method_helpers import randn
 
 pytest.importorskip("cv2")
 pytest.importorskip("matplotlib")
-FRAMES, HEIGHT, WIDTH, WIDE = 11, 31, 43, 24
+FRAMES, HEIGHT, WIDTH = 11, 31, 43
 
 
 def filled(module):
@@ -27,38 +28,33 @@ def filled(module):
 
 @pytest.fixture(scope="module")
 def clip_vision(comfy, tmp_path_factory):
+    """Width -> a small CLIP Vision model that gives so many numbers a picture."""
     from comfy.clip_vision import ClipVisionModel
 
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 3}
-    sizes |= {"hidden_act": "gelu", "image_size": 28, "patch_size": 7, "num_channels": 3, "projection_dim": WIDE}
-    sizes |= {"model_type": "clip_vision_model"}
-    path = tmp_path_factory.mktemp("clip") / "config.json"
-    path.write_text(json.dumps(sizes))
-    vision = ClipVisionModel(path)
-    filled(vision.model)
-    return vision
+    @cache
+    def build(width):
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 3}
+        sizes |= {"hidden_act": "gelu", "image_size": 28, "patch_size": 7, "num_channels": 3, "projection_dim": width}
+        path = tmp_path_factory.mktemp("clip") / "config.json"
+        path.write_text(json.dumps(sizes | {"model_type": "clip_vision_model"}))
+        vision = ClipVisionModel(path)
+        filled(vision.model)
+        return vision
+
+    return build
 
 
 @pytest.fixture(scope="module")
-def text(comfy):
-    """(width, projected) -> a CLIP as Load CLIP gives it, or without the projection, as SD1.5's checkpoints have it."""
+def text(comfy, base, models):
+    """Kind of a random checkpoint -> its CLIP, out of the stock loader."""
     import comfy.sd
-    import comfy.sd1_clip
-    from comfy.supported_models_base import ClipTarget
 
-    def build(width=WIDE, projected=True):
-        sizes = {"hidden_size": width, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
-        sizes |= {"hidden_act": "quick_gelu", "eos_token_id": 49407, "max_position_embeddings": 77}
-        encoder = partial(
-            comfy.sd1_clip.SDClipModel, textmodel_json_config=sizes, layer="last", return_projected_pooled=projected
-        )
-        model = partial(comfy.sd1_clip.SD1ClipModel, clip_model=encoder)
-        tokens = partial(comfy.sd1_clip.SDTokenizer, embedding_size=width)
-        clip = comfy.sd.CLIP(ClipTarget(partial(comfy.sd1_clip.SD1Tokenizer, tokenizer=tokens), model))
-        filled(clip.cond_stage_model)
-        return clip
+    @cache
+    def load(kind):
+        path = str(base / "models/checkpoints" / models[kind])
+        return comfy.sd.load_checkpoint_guess_config(path, output_model=False, output_vae=False)[1]
 
-    return build
+    return load
 
 
 @pytest.fixture(scope="module")
@@ -95,22 +91,25 @@ def test_flicker_is_told_from_an_edit_that_is_steady(nodes, moving, lines):
     assert plot.shape[0] == 1 and plot.shape[3] == 3 and plot.std() > 0.05
 
 
-def test_clip_compares_each_frame_with_the_next_and_with_the_prompt(nodes, moving, clip_vision, text):
+@pytest.mark.parametrize(("kind", "width"), [("sd21", 1024), ("sdxl", 1280)])
+def test_clip_compares_each_frame_with_the_next_and_with_the_prompt(nodes, moving, clip_vision, text, kind, width):
     edited = moving.clone()
     edited[1] = edited[0]
-    wires = {"clip_vision": clip_vision, "clip": text(), "prompt": "a red boat"}
-    _, report = call(nodes["EditCheck"], source=moving, edited=edited, **wires)
+    wires = {"clip_vision": clip_vision(width), "clip": text(kind), "prompt": "a red boat"}
+    with torch.inference_mode():
+        _, report = call(nodes["EditCheck"], source=moving, edited=edited, **wires)
+        alone = [clip_vision(width).encode_image(frame[None])["image_embeds"] for frame in edited]
+        _, pooled = text(kind).encode_from_tokens(text(kind).tokenize("a red boat"), return_pooled=True)
+        other = call(nodes["EditCheck"], source=moving, edited=edited, **wires | {"prompt": "a blue boat"})[1]
+    alone = F.normalize(torch.cat(alone), dim=-1)
     found = numbers(report)
     assert list(found) == ["frame", *COLUMNS]
-    alone = F.normalize(torch.cat([clip_vision.encode_image(frame[None])["image_embeds"] for frame in edited]), dim=-1)
-    _, pooled = wires["clip"].encode_from_tokens(wires["clip"].tokenize("a red boat"), return_pooled=True)
     following = [float(one @ other) for one, other in zip(alone[:-1], alone[1:], strict=True)]
-    with_prompt = (alone @ F.normalize(pooled[0], dim=0)).tolist()
+    with_prompt = (alone @ F.normalize(pooled[0].float(), dim=0)).tolist()
     assert found["CLIP, next frame"][0] == "1.0000" and found["CLIP, next frame"][-2] == "-"
     for name, expected in (("CLIP, next frame", following), ("CLIP, prompt", with_prompt)):
         assert [float(cell) for cell in found[name][: len(expected)]] == pytest.approx(expected, abs=2e-4)
     assert len(set(found["CLIP, next frame"][1:-2])) > 3
-    other = call(nodes["EditCheck"], source=moving, edited=edited, **wires | {"prompt": "a blue boat"})[1]
     assert numbers(other)["CLIP, prompt"] != found["CLIP, prompt"]
 
 
@@ -119,27 +118,28 @@ def test_bar_counts_pairs_and_frames(nodes, moving, clip_vision, monkeypatch):
 
     seen = []
     monkeypatch.setattr(comfy.utils.ProgressBar, "update_absolute", lambda bar, done: seen.append((done, bar.total)))
-    call(nodes["EditCheck"], source=moving, edited=moving, clip_vision=clip_vision)
+    with torch.inference_mode():
+        call(nodes["EditCheck"], source=moving, edited=moving, clip_vision=clip_vision(16))
     total = FRAMES - 1 + FRAMES
-    assert seen == [(done, total) for done in (*range(1, FRAMES), FRAMES - 1 + 8, total)]
+    assert seen == [(done, total) for done in (8, FRAMES, *range(FRAMES + 1, total + 1))]
 
 
 def test_what_does_not_go_together_is_refused(nodes, moving, clip_vision, text):
     check = {"source": moving, "edited": moving}
     with refused("Edit Check", f"source is {FRAMES} frames of {WIDTH}x{HEIGHT}", "edited is 2 frames", "same frames"):
         call(nodes["EditCheck"], **check | {"edited": moving[:2]})
-    with refused("Edit Check", "without a `clip_vision`", "Connect both"):
-        call(nodes["EditCheck"], **check, clip=text())
-    with refused("Edit Check", "without it", "Load CLIP", "clip_l.safetensors"):
-        call(nodes["EditCheck"], **check, clip_vision=clip_vision, clip=text(projected=False))
-    with refused("Edit Check", f"{WIDE} numbers a frame", "16 for the prompt", "different CLIPs"):
-        call(nodes["EditCheck"], **check, clip_vision=clip_vision, clip=text(width=16))
+    words = {"clip": text("sd21"), "prompt": "a boat"}
+    with refused("Edit Check", "without a `clip_vision`", "Give both"):
+        call(nodes["EditCheck"], **check, **words)
+    with refused("Edit Check", "without a `prompt`", "Give both"):
+        call(nodes["EditCheck"], **check, clip_vision=clip_vision(1024), clip=text("sd21"), prompt=" ")
+    with refused("Edit Check", "got SD1ClipModel", "of an SD2.x checkpoint", "leave `clip` open"):
+        call(nodes["EditCheck"], **check, clip_vision=clip_vision(768), clip=text("sd15"), prompt="a boat")
+    with torch.inference_mode(), refused("Edit Check", "24 numbers a frame", "1024 for the prompt", "different CLIPs"):
+        call(nodes["EditCheck"], **check, clip_vision=clip_vision(24), **words)
 
 
-def test_the_checkpoints_own_text_encoder_is_refused(comfy, base, models, nodes, moving, clip_vision):
-    import comfy.sd
-
-    path = str(base / "models/checkpoints" / models["sd15"])
-    clip = comfy.sd.load_checkpoint_guess_config(path, output_model=False, output_vae=False)[1]
-    with refused("Edit Check", "got SD1ClipModel without it"):
-        call(nodes["EditCheck"], source=moving, edited=moving, clip_vision=clip_vision, clip=clip)
+def test_missing_libraries_are_named_before_any_work(nodes, moving, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with refused("Edit Check", "pip install opencv-python-headless matplotlib", error=ImportError):
+        call(nodes["EditCheck"], source=moving, edited=moving)

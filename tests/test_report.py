@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cove.report import edit_columns, flicker, plot, table
+from cove import report
+from cove.report import edit_columns, plot, summary, table
 from tests.method_helpers import randn
 
 pytest.importorskip("cv2")
@@ -29,7 +30,7 @@ def noise():
 
 def test_an_edit_that_moves_with_the_source_is_as_steady(moving):
     columns = edit_columns(moving, 1 - moving)
-    assert flicker(columns) == pytest.approx(1, rel=1e-6)
+    assert summary(columns) == "Motion taken out, frames differ 1.00 times as much as the source's own do."
     assert list(columns) == ["PSNR", "SSIM", "warping error", "of the source"]
     assert all(len(column) == FRAMES for column in columns.values())
     assert math.isnan(columns["warping error"][-1]) and not math.isnan(columns["warping error"][-2])
@@ -41,7 +42,20 @@ def test_noise_of_its_own_in_each_frame_is_what_is_found(moving, noise):
     # Two draws, one of them interpolated; whole steps leave it as it is, and the flow is near them.
     assert columns["warping error"][0] == pytest.approx(2 * NOISE**2, rel=0.25)
     assert columns["PSNR"][1] == pytest.approx(-20 * math.log10(NOISE), abs=0.2)
-    assert flicker(columns) > 5
+    assert columns["warping error"][0] > 5 * columns["of the source"][0]
+
+
+def test_summary_divides_the_means():
+    columns = {"warping error": [0.3, 0.1, math.nan], "of the source": [0.05, 0.11, math.nan]}
+    assert "2.50 times as much" in summary(columns)
+    still = columns | {"of the source": [0.0, 0.0, math.nan]}
+    assert summary(still) == "The source's frames do not differ, motion taken out; those of the edit do by 0.2000."
+
+
+def test_missing_libraries_are_named_together(monkeypatch):
+    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install opencv-python-headless matplotlib"):
+        report.check_libraries()
 
 
 def test_progress_counts_pairs(moving):
@@ -62,7 +76,7 @@ def test_table_lines_up():
 
 def test_one_frame_has_no_next(moving):
     columns = edit_columns(moving[:1], moving[:1])
-    assert math.isnan(columns["warping error"][0]) and math.isnan(flicker(columns))
+    assert math.isnan(columns["warping error"][0]) and summary(columns).startswith("Nothing to compare")
     assert table(columns).splitlines()[-1].split()[-1] == "-"
 
 

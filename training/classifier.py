@@ -64,6 +64,8 @@ class Classifier(nn.Module):
 
 
 def load_classifier() -> Classifier:
+    if not FILE.is_file():
+        raise FileNotFoundError(f"{FILE} is missing: train it with python -m training.classifier")
     classifier = Classifier()
     classifier.load_state_dict({name: value.float() for name, value in load_file(FILE).items()})
     return classifier.eval().requires_grad_(False)

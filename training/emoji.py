@@ -9,9 +9,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
+import shutil
 import subprocess
 import tarfile
+import tempfile
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -107,7 +110,7 @@ class Emoji:
         named = {word for concept in self.pictures for word in concept.split()}
         return (*GROUND_WORDS, *STYLES, *sorted(named - set(GROUND_WORDS) - set(STYLES)))
 
-    def random_scene(self, generator: Generator, most: int = 1) -> Scene:
+    def random_scene(self, generator: Generator) -> Scene:
         """One emoji on a ground."""
         concept = pick(self.pictures, generator)
         style = pick(STYLES, generator)
@@ -143,17 +146,22 @@ class Emoji:
     def _fetched(self, package: str) -> Path:
         path = self.folder / (package.removeprefix("@").replace("/", "-").replace("@", "-") + ".tgz")
         if not path.is_file():
-            try:
-                subprocess.run(["npm", "pack", package, "--silent"], cwd=self.folder, check=True, capture_output=True)
-            except (OSError, subprocess.CalledProcessError) as error:
-                raise RuntimeError(f"fetching {package} with npm failed; is npm installed? {error}") from error
+            npm = shutil.which("npm")
+            if npm is None:
+                raise RuntimeError(f"{package} is fetched with npm, and there is no npm: install Node.js")
+            with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+                command = [npm, "pack", package, "--loglevel=error"]
+                ended = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+                if ended.returncode:
+                    raise RuntimeError(f"npm could not fetch {package}: {ended.stderr}")
+                os.replace(Path(folder) / path.name, path)
         if hashlib.sha256(path.read_bytes()).hexdigest() != PACKAGES[package]:
             raise ValueError(f"{path} is not the {package} that was expected: its checksum differs. Delete it.")
         return path
 
 
 def animated_scenes(film: Tensor, ground, frames: int, step: int, radius: float = 0.8) -> tuple[Scene, ...]:
-    """Every `step`-th frame of an animation in the middle of a ground, once around if it ends."""
+    """Every `step`-th frame of an animation in the middle of a ground, from its beginning again where it ends."""
     chosen = film[torch.arange(frames) * step % len(film)]
     return tuple(Scene(ground, (Sticker("emoji", "fluent", 0.0, 0.0, radius, 0.0, picture),)) for picture in chosen)
 
