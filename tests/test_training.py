@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.method_helpers import randn
+from demo.autoencoder import Autoencoder
+from tests.method_helpers import generator, randn
 from training import train
 from training.export import export, half
-from training.models import SIZES, encode
+from training.models import SIZES, Stage, encode
 from training.words import LENGTH, UNKNOWN, make_tokenizer, roughen, tokens_of
 from training.world import WORDS, caption
 
@@ -17,15 +18,13 @@ CAPTION = "a dotted yellow ring and a black cross on a tiled purple ground"
 STEPS = 4
 CPU = torch.device("cpu")
 # The topology is that of the real one; the numbers are small and none is another's.
-TINY = replace(
-    SIZES["shapes"], picture=40, unet=(32, 96), context=64, batch=3, autoencoder_steps=STEPS, unet_steps=STEPS
-)
+STAGES = (Stage(24, batch=7, fresh=32, steps=1), Stage(40, batch=3, fresh=16, steps=STEPS - 1))
+TINY = replace(SIZES["shapes"], unet=(32, 96), context=64, autoencoder_batch=3, autoencoder_steps=STEPS, stages=STAGES)
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setattr(train, "POOL", 64)
-    monkeypatch.setattr(train, "FRESH", 32)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -45,7 +44,6 @@ def finished(tmp_path_factory):
     """A file as `training` writes it, of networks that were trained for a few steps, and these networks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "POOL", 64)
-        patch.setattr(train, "FRESH", 32)
         autoencoder, diffusion, scale = trained(tmp_path_factory.mktemp("training"))
     pictures = train.World.named("shapes", 3).pictures(range(5), TINY.picture)
     path = tmp_path_factory.mktemp("demo") / "tiny.safetensors"
@@ -83,7 +81,6 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch)
             trained(broken)
     monkeypatch.undo()
     monkeypatch.setattr(train, "POOL", 64)
-    monkeypatch.setattr(train, "FRESH", 32)
     assert saves == ["autoencoder"] * STEPS + ["diffusion"] * STEPS
     piecewise = trained(broken)
     assert all(map(torch.equal, weights(*whole[:2]), weights(*piecewise[:2])))
@@ -100,8 +97,59 @@ def test_the_unet_sees_latents_of_unit_variance(tmp_path, monkeypatch):
             return super().forward(noisy, timesteps, tokens)
 
     monkeypatch.setattr(train, "Diffusion", Watched)
-    trained(tmp_path, replace(TINY, batch=64))
+    trained(tmp_path, replace(TINY, stages=(Stage(40, batch=64, fresh=32, steps=STEPS),)))
     assert torch.cat(seen).std().item() == pytest.approx(1, abs=0.1)
+
+
+def test_stages_follow_one_another(tmp_path, monkeypatch):
+    seen = []
+
+    class Watched(train.Diffusion):
+        def forward(self, noisy, timesteps, tokens):
+            seen.append(tuple(noisy.shape))
+            return super().forward(noisy, timesteps, tokens)
+
+    monkeypatch.setattr(train, "Diffusion", Watched)
+    trained(tmp_path)
+    assert seen == [(7, 4, 6, 6), *[(3, 4, 10, 10)] * (STEPS - 1)]
+    assert [train.stage_at(STAGES, step) for step in range(STEPS)] == [
+        (STAGES[0], 0),
+        *((STAGES[1], step) for step in range(STEPS - 1)),
+    ]
+    with pytest.raises(ValueError, match="after the last stage"):
+        train.stage_at(STAGES, STEPS)
+
+
+def test_every_step_of_a_stage_sees_new_pictures():
+    world, autoencoder = train.World.named("shapes", 3), Autoencoder(8)
+    pool, later = (train.Pool(STAGES[1], world, autoencoder, done) for done in (0, 3))
+    for _ in range(3):
+        pool.move()
+    assert torch.equal(pool.latents, later.latents) and pool.captions == later.captions
+    assert pool.latents.shape == (64, 4, 10, 10) and pool.next == 64 + 3 * 16
+    assert set(pool.captions) == {caption(world.scene(number)) for number in range(48, 112)}
+
+
+def test_noise_has_a_mean_of_its_own():
+    noise = train.draw_noise((500, 4, 10, 10), generator(1))
+    assert noise.std().item() == pytest.approx((1 + train.OFFSET**2) ** 0.5, abs=0.01)
+    assert noise.mean((2, 3)).std().item() == pytest.approx((1 / 100 + train.OFFSET**2) ** 0.5, rel=0.05)
+    assert (noise - noise.mean((2, 3), keepdim=True)).std().item() == pytest.approx(1, abs=0.01)
+
+
+def test_half_of_the_timesteps_are_among_the_noisiest():
+    timesteps = train.draw_timesteps(40_000, generator(1))
+    share = (1000 - train.NOISIEST) / 1000
+    assert (timesteps >= train.NOISIEST).float().mean().item() == pytest.approx((1 + share) / 2, abs=0.01)
+    assert timesteps.min() == 0 and timesteps.max() == 999
+    assert (timesteps < 100).float().mean().item() == pytest.approx(0.05, abs=0.005)
+
+
+def test_the_loss_counts_the_error_of_the_picture_within_bounds():
+    """Error of the noise times its weight = error of the picture times the ratio, kept between 0.05 and 5."""
+    left = torch.tensor([0.99, 0.75, 0.5, 0.01])
+    expected = torch.tensor([5 / 99, 1.0, 1.0, 0.05 * 99])
+    assert_close(train.loss_weight(left), expected)
 
 
 def test_another_seed_trains_another_model(tmp_path):
@@ -136,8 +184,8 @@ def test_the_longest_caption_fits_with_the_words_that_are_added():
 
 
 def test_roughened_captions_are_what_a_user_might_write():
-    generator = torch.Generator().manual_seed(2)
-    rough = [roughen(CAPTION, generator) for _ in range(2000)]
+    chance = generator(2)
+    rough = [roughen(CAPTION, chance) for _ in range(2000)]
     assert sum(one == "" for one in rough) == pytest.approx(200, abs=50)
     assert sum(one != "" and "ground" not in one for one in rough) == pytest.approx(180, abs=50)
     assert sum(UNKNOWN in one for one in rough) == pytest.approx(360, abs=70)

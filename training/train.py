@@ -7,27 +7,24 @@ the Load Demo Model node. What it does follows from the seed and the step alone,
 from __future__ import annotations
 
 import argparse
-import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from cove.files import whole_file
-from demo.autoencoder import LATENTS, Autoencoder
+from demo.autoencoder import LATENTS, PATCH, Autoencoder
 
 from .export import export
-from .models import SIZES, STEPS, Diffusion, Size, alphas, encode
+from .models import SIZES, STEPS, Diffusion, Size, Stage, alphas, encode
 from .words import make_tokenizer, roughen, tokens_of
 from .world import WORDS, Scene, caption, draw, random_scene
 
 ROOT = Path(__file__).parent.parent
 POOL = 4096  # latents at hand at one time
-FRESH = 4  # of them replaced with new ones at each step
 SAVE_EVERY = 300  # seconds
 HELD_OUT = 10**9  # scenes from this number on are never trained on
 
@@ -158,7 +155,7 @@ def train_autoencoder(size: Size, world: World, folder: Path, device: torch.devi
     )
 
     def loss_of(generator: Generator) -> Tensor:
-        numbers = torch.randint(HELD_OUT, (size.batch,), generator=generator).tolist()
+        numbers = torch.randint(HELD_OUT, (size.autoencoder_batch,), generator=generator).tolist()
         pictures = world.pictures(numbers, size.picture).to(device) * 2 - 1
         latents = run.model.encode(pictures)
         noise = torch.randn(latents.shape, generator=generator).to(device)
@@ -172,52 +169,96 @@ def train_autoencoder(size: Size, world: World, folder: Path, device: torch.devi
 
 
 class Pool:
-    """A window on the endless row of scenes, as latents and captions, that moves on at each step."""
+    """A window on the endless row of scenes, as latents and captions, that moves on at each step of a stage."""
 
-    def __init__(self, size: Size, world: World, autoencoder: Autoencoder, start: int):
-        self.size, self.world, self.autoencoder, self.next = size, world, autoencoder, start
-        self.latents = torch.empty(POOL, LATENTS, size.latent, size.latent)
+    def __init__(self, stage: Stage, world: World, autoencoder: Autoencoder, done: int):
+        self.stage, self.world, self.autoencoder = stage, world, autoencoder
+        self.next = start = done * stage.fresh
+        side = stage.picture // PATCH
+        self.latents = torch.empty(POOL, LATENTS, side, side)
         self.captions = [""] * POOL
         while self.next < start + POOL:
-            self.move(FRESH)  # always as many at a time: the autoencoder's last bits change with the batch
+            self.move()  # always as many at a time: the autoencoder's last bits change with the batch
 
-    def move(self, count: int) -> None:
-        scenes = [self.world.scene(number) for number in range(self.next, self.next + count)]
-        latents = encode(self.autoencoder, torch.stack([draw(s, self.size.picture) for s in scenes]))
+    def move(self) -> None:
+        scenes = [self.world.scene(self.next + number) for number in range(self.stage.fresh)]
+        latents = encode(self.autoencoder, torch.stack([draw(scene, self.stage.picture) for scene in scenes]))
         for offset, (one, latent) in enumerate(zip(scenes, latents, strict=True)):
             place = (self.next + offset) % POOL
             self.latents[place], self.captions[place] = latent, caption(one)
-        self.next += count
+        self.next += self.stage.fresh
+
+
+def stage_at(stages: Sequence[Stage], step: int) -> tuple[Stage, int]:
+    """The stage that a step of the whole training belongs to, and how many of its steps are done before."""
+    for stage in stages:
+        if step < stage.steps:
+            return stage, step
+        step -= stage.steps
+    raise ValueError(f"step {step} lies after the last stage")
+
+
+OFFSET = 0.1  # of the noise's mean, a picture and channel
+NOISIEST = 700  # half of all timesteps are drawn from here on
+
+
+def draw_noise(shape: Sequence[int], generator: Generator) -> Tensor:
+    """Noise whose mean varies more than that of white noise.
+
+    The mean of a picture stays visible through white noise up to the last timestep of Stable Diffusion's schedule; a
+    model that reads it there learns no words for it, and at sampling, where it says nothing, paints any ground.
+    """
+    return torch.randn(shape, generator=generator) + OFFSET * torch.randn((*shape[:2], 1, 1), generator=generator)
+
+
+def draw_timesteps(count: int, generator: Generator) -> Tensor:
+    """Uniform, and half of them only among the noisiest: where a caption decides what there will be."""
+    anywhere = torch.randint(STEPS, (count,), generator=generator)
+    noisy = torch.randint(NOISIEST, STEPS, (count,), generator=generator)
+    return torch.where(torch.rand(count, generator=generator) < 0.5, anywhere, noisy)
+
+
+def loss_weight(left: Tensor) -> Tensor:
+    """Of the squared error of the noise, by the share of the signal's variance that is left.
+
+    The signal-to-noise ratio, kept between 0.05 and 5, over itself: less for the least noise (Hang et al., 2023, ICCV,
+    "min-SNR"), more for the most, where the error of the picture hardly shows in that of the noise.
+    """
+    ratio = left / (1 - left)
+    return ratio.clamp(0.05, 5) / ratio
 
 
 def train_diffusion(
     size: Size, world: World, autoencoder: Autoencoder, folder: Path, device: torch.device
 ) -> tuple[nn.Module, float]:
     """Noise prediction, as Stable Diffusion's: the averaged model, and what latents are multiplied by."""
-    tokenizer = make_tokenizer(world.words)
-    run = Run(
-        lambda: Diffusion(size, tokenizer), folder / "diffusion.pt", size.unet_steps, size.rate, world.seed, device
-    )
-    if run.done == run.steps:
-        return run.train(None), json.loads((folder / "scale.json").read_text())
-    pool = Pool(size, world, autoencoder, start=run.done * FRESH)
-    if run.done == 0:
-        (folder / "scale.json").write_text(json.dumps(1 / pool.latents.std().item()))
-    scale = json.loads((folder / "scale.json").read_text())
-    signal = alphas()
+    tokenizer, steps = make_tokenizer(world.words), sum(stage.steps for stage in size.stages)
+    run = Run(lambda: Diffusion(size, tokenizer), folder / "diffusion.pt", steps, size.rate, world.seed, device)
+    scale = scale_of(size, world, autoencoder)
+    signal, pool = alphas(), None
 
     def loss_of(generator: Generator) -> Tensor:
-        pool.move(FRESH)
-        chosen = torch.randint(POOL, (size.batch,), generator=generator)
+        nonlocal pool
+        stage, done = stage_at(size.stages, run.done)
+        if pool is None or pool.stage is not stage:
+            pool = Pool(stage, world, autoencoder, done)
+        pool.move()
+        chosen = torch.randint(POOL, (stage.batch,), generator=generator)
         captions = [roughen(pool.captions[number], generator) for number in chosen.tolist()]
-        noise = torch.randn(size.batch, *pool.latents.shape[1:], generator=generator)
-        timesteps = torch.randint(STEPS, (size.batch,), generator=generator)
+        noise = draw_noise((stage.batch, *pool.latents.shape[1:]), generator)
+        timesteps = draw_timesteps(stage.batch, generator)
         left = signal[timesteps][:, None, None, None]
         noisy = left.sqrt() * pool.latents[chosen] * scale + (1 - left).sqrt() * noise
         found = run.model(noisy.to(device), timesteps.to(device), tokens_of(tokenizer, captions).to(device))
-        return F.mse_loss(found.float(), noise.to(device))
+        return (loss_weight(left).to(device) * (found.float() - noise.to(device)).square()).mean()
 
     return run.train(loss_of), scale
+
+
+def scale_of(size: Size, world: World, autoencoder: Autoencoder) -> float:
+    """What latents are multiplied by to have unit variance."""
+    pictures = world.pictures(range(HELD_OUT, HELD_OUT + 256), size.picture)
+    return 1 / torch.cat([encode(autoencoder, some).cpu() for some in pictures.split(8)]).std().item()
 
 
 if __name__ == "__main__":
