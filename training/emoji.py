@@ -187,4 +187,6 @@ def _values(image: Image.Image) -> Tensor:
     values = data.view(image.height, image.width, 4).permute(2, 0, 1).float() / 255
     values = torch.cat([values[:3] * values[3:], values[3:]])
     scaled = F.interpolate(values[None], size=(SIDE, SIDE), mode="bicubic", antialias=True)[0]
-    return scaled.clamp(0, 1)
+    colours = (scaled[:3] / scaled[3:].clamp(min=1e-6)).clamp(0, 1)  # bicubic overshoots, in both alike
+    alpha = scaled[3:].clamp(0, 1)
+    return torch.cat([colours * alpha, alpha])
