@@ -13,6 +13,7 @@ from .flow import agree, dis_flow
 from .metrics import psnr, ssim, warping_error
 
 Columns = dict[str, list[float]]  # one number a frame; NaN where there is none
+DIGITS = {"warping error": 6, "of the source": 6}  # squares of small differences
 
 
 def check_libraries() -> None:
@@ -50,7 +51,7 @@ def summary(columns: Columns) -> str:
     if math.isnan(edit):
         return "Nothing to compare: no frame has a next one that shows the same."
     if source == 0:
-        return f"The source's frames do not differ, motion taken out; those of the edit do by {edit:.4f}."
+        return f"The source's frames do not differ, motion taken out; those of the edit do by {edit:.6f}."
     return f"Motion taken out, frames differ {edit / source:.2f} times as much as the source's own do."
 
 
@@ -61,10 +62,11 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def table(columns: Columns) -> str:
-    """A line a frame and one of the means, right-aligned; dB with one digit, all else with four."""
+    """A line a frame and one of the means, right-aligned."""
     lines = [["frame"], *([str(frame)] for frame in range(len(next(iter(columns.values()))))), ["mean"]]
     for name, values in columns.items():
-        cells = [name, *(_spell(value, 1 if "PSNR" in name else 4) for value in (*values, _mean(values)))]
+        digits = 1 if "PSNR" in name else DIGITS.get(name, 4)
+        cells = [name, *(_spell(value, digits) for value in (*values, _mean(values)))]
         for line, cell in zip(lines, cells, strict=True):
             line.append(cell)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -101,7 +103,9 @@ def plot(panels: dict[str, Columns]) -> Tensor:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 2.2 * len(panels)), dpi=100, layout="constrained")
-    for axes, (title, curves) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
+    for axes, (title, curves) in zip(
+        figure.subplots(len(panels), squeeze=False, sharex=True)[:, 0], panels.items(), strict=True
+    ):
         for name, values in curves.items():
             axes.plot(range(len(values)), values, marker="o", markersize=3, label=name)
         axes.set_title(title, fontsize=10)

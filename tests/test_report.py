@@ -49,7 +49,7 @@ def test_summary_divides_the_means():
     columns = {"warping error": [0.3, 0.1, math.nan], "of the source": [0.05, 0.11, math.nan]}
     assert "2.50 times as much" in summary(columns)
     still = columns | {"of the source": [0.0, 0.0, math.nan]}
-    assert summary(still) == "The source's frames do not differ, motion taken out; those of the edit do by 0.2000."
+    assert summary(still) == "The source's frames do not differ, motion taken out; those of the edit do by 0.200000."
 
 
 def test_missing_libraries_are_named_together(monkeypatch):
@@ -66,6 +66,7 @@ def test_progress_counts_pairs(moving):
 
 def test_table_lines_up():
     lines = table({"a PSNR": [12.34, math.inf], "share": [0.5, math.nan]}).splitlines()
+    assert "0.000123" in table({"warping error": [0.0001234]})
     assert lines == [
         "frame  a PSNR   share",
         "    0    12.3  0.5000",
