@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.records import FOLDER  # noqa: E402
 
-SHARED = ("matches", "masks", "edits")
+SHARED = ("matches", "masks", "real_clips", "edits")
 ALONE = {
     "samples": (),
     "reconstruction": (),

@@ -26,17 +26,17 @@ from cove.metrics import overlap  # noqa: E402
 from scripts.host import provide_host  # noqa: E402
 from training.clips import Clip, on_top  # noqa: E402
 from training.emoji import Emoji, animated_scenes  # noqa: E402
-from training.world import pixels, random_ground  # noqa: E402
+from training.world import caption, pixels, random_ground  # noqa: E402
 
 STEP = 4  # of the animation's frames, which are drawn 24 a second
 AFTER = (1, 5)  # frames
 
 
-def carried(mask: Tensor, places: Tensor) -> Tensor:
-    """What a mask says at the tokens [height, width, 2] that places lead to."""
-    height, width = mask.shape
+def carried(values: Tensor, places: Tensor) -> Tensor:
+    """Values [height, width, ...] of the tokens that places [height, width, 2] lead to."""
+    height, width = values.shape[:2]
     x, y = places.round().long().unbind(-1)
-    return mask[y.clamp(0, height - 1), x.clamp(0, width - 1)]
+    return values[y.clamp(0, height - 1), x.clamp(0, width - 1)]
 
 
 def main() -> None:
@@ -61,7 +61,7 @@ def main() -> None:
             clip = Clip(animated_scenes(emoji.animation(name), ground, FRAMES, STEP))
             masks = torch.stack([on_top(scene, pixels(grid)) == 0 for scene in clip.scenes])
             measured = {}
-            for way, find in ways(probe, clip, number):
+            for way, find in ways(probe, clip.draw(SIDE), caption(clip.scenes[0]), number):
                 found = {after: carried(masks[0], find(after)[0]) for after in AFTER}
                 measured[way] = {str(after): round(overlap(mask, masks[after]), 4) for after, mask in found.items()}
             records.add(case, measured)

@@ -34,7 +34,7 @@ from cove.metrics import pck  # noqa: E402
 from cove.refine import refine  # noqa: E402
 from cove.tracks import tracks_of  # noqa: E402
 from scripts.host import provide_host  # noqa: E402
-from training.clips import MOTIONS, Clip, on_top, random_clip  # noqa: E402
+from training.clips import MOTIONS, on_top, random_clip  # noqa: E402
 from training.world import caption, pixels  # noqa: E402
 
 FRAMES, SIDE, WINDOW, DRAWS = 6, 128, 9, 8
@@ -57,10 +57,10 @@ class Probe:
         count = len(set(self.host.model.block_levels(unet).values()))
         self.layers = [self.host.decoder_level_end(unet, level, "benchmark") for level in range(count)]
 
-    def states(self, clip: Clip, seed: int) -> dict[tuple[int, str], Levels]:
+    def states(self, pictures: Tensor, words: str, seed: int) -> dict[tuple[int, str], Levels]:
         """By timestep and one of NOISES."""
-        latent = {"samples": self.vae.encode(clip.draw(SIDE))}
-        words = self.text.encode_from_tokens_scheduled(self.text.tokenize(caption(clip.scenes[0])))
+        latent = {"samples": self.vae.encode(pictures)}
+        prompt = self.text.encode_from_tokens_scheduled(self.text.tokenize(words))
         sigmas = self.host.sigmas_at(self.model, list(TIMESTEPS))
         found: dict[tuple[int, str], Levels] = {}
 
@@ -103,7 +103,7 @@ class Probe:
                 invert(denoise, x, grid.to(x), 0, extra_args, stands)
             return x
 
-        self.host.run(self.model, probe, latent, sigmas[:1], words, node="benchmark")
+        self.host.run(self.model, probe, latent, sigmas[:1], prompt, node="benchmark")
         return found
 
 
@@ -145,9 +145,14 @@ def followed(find: Callable[[], Correspondence]) -> Tracks:
     return lambda frame: tracks_of(matches(), frame)
 
 
-def ways(probe: Probe, clip: Clip, seed: int) -> Iterator[tuple[str, Tracks]]:
-    """Name of a way to match -> the tracks it finds; the work is done when they are asked for."""
-    pictures = clip.draw(SIDE)
+def ways(probe: Probe, pictures: Tensor, words: str, seed: int) -> Iterator[tuple[str, Tracks]]:
+    """Name of a way to match -> the tracks it finds; the work is done when they are asked for.
+
+    Args:
+        pictures: [frames, SIDE, SIDE, 3] from 0 to 1.
+        words: the prompt, what they show.
+        seed: of the noise.
+    """
 
     def tracked(features: Tensor, window: int = WINDOW) -> Tracks:
         return followed(lambda: find_correspondence(features, window, 1))
@@ -158,12 +163,12 @@ def ways(probe: Probe, clip: Clip, seed: int) -> Iterator[tuple[str, Tracks]]:
     grid = SIDE // probe.vae.downscale_ratio
     small = F.adaptive_avg_pool2d(pictures.movedim(-1, 1), grid).movedim(1, -1)
     colours = patches(small)
-    yield "no motion", tracked(torch.ones(FRAMES, grid, grid, 1), 1)
+    yield "no motion", tracked(torch.ones(len(pictures), grid, grid, 1), 1)
     yield "RGB patches", tracked(colours - colours.mean((0, 1, 2)))
     yield "RGB patches, refined", refined(colours - colours.mean((0, 1, 2)))
     flow = dis_flow(pictures)
     yield "DIS flow", lambda frame: flow_tracks(*flow, frame, grid, grid)
-    for (timestep, noise), states in probe.states(clip, seed).items():
+    for (timestep, noise), states in probe.states(pictures, words, seed).items():
         levels = [unit(state) for state in states]
         together = torch.cat(levels, -1)
         where = f"t {timestep}, {noise}"
@@ -203,7 +208,7 @@ def main() -> None:
                 true, visible = clip.tracks(0, grid)
                 points = {"things": visible & (on_top(clip.scenes[0], pixels(grid)) >= 0), "all": visible}
                 measured = {}
-                for name, find in ways(probe, clip, seed):
+                for name, find in ways(probe, clip.draw(SIDE), caption(clip.scenes[0]), seed):
                     places = find(0)
                     measured[name] = {
                         f"{what}, {after}, {radius}": round(pck(places, true, which, radius)[after].item(), 4)

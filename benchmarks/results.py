@@ -130,13 +130,23 @@ def matches_windows() -> str:
     return rows(heads, lines)
 
 
+CARRIERS = (
+    *("no motion", "RGB patches", "DIS flow"),
+    *(f"{level}, t 261, {STEADY}" for level in LEVELS),
+    *(f"level 1, {way}, t 261, {STEADY}" for way in ("neighbours", "refined")),
+)
+
+
 def masks() -> str:
     found = list(records("masks"))
-    where = f"t 261, {STEADY}"
-    ways = ["no motion", "RGB patches", "DIS flow", *(f"{level}, {where}" for level in LEVELS)]
-    ways += [f"level 1, neighbours, {where}", f"level 1, refined, {where}"]
-    lines = ([way, *(spread(((0, m[way][after]) for _, m in found), 2) for after in ("1", "5"))] for way in ways)
+    lines = ([way, *(f"{mean(m[way][after] for _, m in found):.2f}" for after in ("1", "5"))] for way in CARRIERS)
     return rows(["masks carried by", "1 frame on", "5 frames on"], lines)
+
+
+def real_clips() -> str:
+    found = list(records("real_clips"))
+    lines = ([way, *(f"{mean(m[way][after] for _, m in found):.1f} dB" for after in ("1", "5"))] for way in CARRIERS)
+    return rows(["colours carried by", "1 frame on", "5 frames on"], lines)
 
 
 def _window(window: int, side: int) -> str:
@@ -212,6 +222,7 @@ TABLES: tuple[Callable[[], str], ...] = (
     matches_better,
     matches_windows,
     masks,
+    real_clips,
     edits,
     reconstruction,
     correspondence_cost,
