@@ -18,13 +18,21 @@ CAPTION = "a dotted yellow ring and a black cross on a tiled purple ground"
 STEPS = 4
 CPU = torch.device("cpu")
 # The topology is that of the real one; the numbers are small and none is another's.
-STAGES = (Stage(24, batch=7, fresh=32, steps=1), Stage(40, batch=3, fresh=16, steps=STEPS - 1))
+STAGES = (
+    Stage(24, batch=7, fresh=32, steps=1, rate=1e-3, fall=0.5, focus=(500, 1000)),
+    Stage(40, batch=3, fresh=16, steps=STEPS - 1, rate=7e-4, fall=1.0, focus=(300, 700)),
+)
 TINY = replace(SIZES["shapes"], unet=(32, 96), context=64, autoencoder_batch=3, autoencoder_steps=STEPS, stages=STAGES)
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setattr(train, "POOL", 64)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The last bits of a sum depend on how many share it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -97,12 +105,17 @@ def test_the_unet_sees_latents_of_unit_variance(tmp_path, monkeypatch):
             return super().forward(noisy, timesteps, tokens)
 
     monkeypatch.setattr(train, "Diffusion", Watched)
-    trained(tmp_path, replace(TINY, stages=(Stage(40, batch=64, fresh=32, steps=STEPS),)))
+    trained(tmp_path, replace(TINY, stages=(replace(STAGES[1], batch=64, fresh=32, steps=STEPS),)))
     assert torch.cat(seen).std().item() == pytest.approx(1, abs=0.1)
 
 
 def test_stages_follow_one_another(tmp_path, monkeypatch):
-    seen = []
+    seen, starts = [], []
+
+    class Noted(train.Pool):
+        def __init__(self, stage, world, autoencoder, start):
+            starts.append(start)
+            super().__init__(stage, world, autoencoder, start)
 
     class Watched(train.Diffusion):
         def forward(self, noisy, timesteps, tokens):
@@ -110,11 +123,13 @@ def test_stages_follow_one_another(tmp_path, monkeypatch):
             return super().forward(noisy, timesteps, tokens)
 
     monkeypatch.setattr(train, "Diffusion", Watched)
+    monkeypatch.setattr(train, "Pool", Noted)
     trained(tmp_path)
+    assert starts == [0, STAGES[0].steps * STAGES[0].fresh]  # no stage begins with scenes that another has seen
     assert seen == [(7, 4, 6, 6), *[(3, 4, 10, 10)] * (STEPS - 1)]
     assert [train.stage_at(STAGES, step) for step in range(STEPS)] == [
-        (STAGES[0], 0),
-        *((STAGES[1], step) for step in range(STEPS - 1)),
+        (0, 0),
+        *((1, step) for step in range(STEPS - 1)),
     ]
     with pytest.raises(ValueError, match="after the last stage"):
         train.stage_at(STAGES, STEPS)
@@ -122,7 +137,7 @@ def test_stages_follow_one_another(tmp_path, monkeypatch):
 
 def test_every_step_of_a_stage_sees_new_pictures():
     world, autoencoder = train.World.named("shapes", 3), Autoencoder(8)
-    pool, later = (train.Pool(STAGES[1], world, autoencoder, done) for done in (0, 3))
+    pool, later = (train.Pool(STAGES[1], world, autoencoder, start) for start in (0, 3 * 16))
     for _ in range(3):
         pool.move()
     assert torch.equal(pool.latents, later.latents) and pool.captions == later.captions
@@ -137,12 +152,35 @@ def test_noise_has_a_mean_of_its_own():
     assert (noise - noise.mean((2, 3), keepdim=True)).std().item() == pytest.approx(1, abs=0.01)
 
 
-def test_half_of_the_timesteps_are_among_the_noisiest():
-    timesteps = train.draw_timesteps(40_000, generator(1))
-    share = (1000 - train.NOISIEST) / 1000
-    assert (timesteps >= train.NOISIEST).float().mean().item() == pytest.approx((1 + share) / 2, abs=0.01)
+def test_half_of_the_timesteps_are_where_the_focus_is():
+    timesteps = train.draw_timesteps(40_000, (300, 700), generator(1))
+    inside = (timesteps >= 300) & (timesteps < 700)
+    assert inside.float().mean().item() == pytest.approx((1 + 0.4) / 2, abs=0.01)
     assert timesteps.min() == 0 and timesteps.max() == 999
     assert (timesteps < 100).float().mean().item() == pytest.approx(0.05, abs=0.005)
+
+
+def test_learning_rates_warm_up_and_fall():
+    rates = [train.falling(2e-3, 1000, step, 0.5) for step in range(1000)]
+    assert rates[0] == 2e-3 / 100 and rates[99] == rates[100] == 2e-3 == max(rates)
+    assert all(one > other for one, other in zip(rates[100:-1], rates[101:], strict=True))
+    assert rates[550] == pytest.approx(2e-3 * (1 + 0.5**0.5) / 2) and rates[-1] == pytest.approx(1e-3, rel=0.01)
+    assert 0 < train.falling(2e-3, 1000, 999) < 1e-7
+
+
+def test_every_stage_has_its_own_learning_rate(tmp_path, monkeypatch):
+    seen = []
+
+    class Watched(torch.optim.AdamW):
+        def step(self, *arguments, **options):
+            seen.append(self.param_groups[0]["lr"])
+            return super().step(*arguments, **options)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Watched)
+    trained(tmp_path)
+    first, rest = seen[STEPS], seen[STEPS + 1 :]  # after those of the autoencoder
+    assert first == 1e-3 and rest == [train.falling(7e-4, STEPS - 1, step) for step in range(STEPS - 1)]
+    assert rest[0] == 7e-4
 
 
 def test_the_loss_counts_the_error_of_the_picture_within_bounds():

@@ -8,6 +8,7 @@ on scenes that neither it nor the demo model was trained on.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from .world import COLOURS, GROUNDS, SHAPES, TEXTURES, Scene, draw, random_scene
 
 ROOT = Path(__file__).parent.parent
 FILE = ROOT / "benchmarks" / "classifier.safetensors"
-SIDE, BATCH, STEPS = 128, 32, 1500
+SIDE, BATCH, STEPS = 128, 32, 4000
 HELD_OUT, SEED = 10**9, 11
 
 QUESTIONS = {
@@ -85,9 +86,10 @@ def _examples(number: int, count: int, generator: Generator | None) -> tuple[Ten
 
 
 def train(folder: Path) -> Classifier:
-    from .train import Run  # here, as `train` needs diffusers and judging does not
+    from .train import Run, falling  # here, as `train` needs diffusers and judging does not
 
-    run = Run(Classifier, folder / "classifier.pt", STEPS, 2e-3, SEED, torch.device("cpu"))
+    rate = partial(falling, 2e-3, STEPS)
+    run = Run(Classifier, folder / "classifier.pt", STEPS, rate, SEED, torch.device("cpu"))
 
     def loss_of(generator: Generator) -> Tensor:
         number = int(torch.randint(HELD_OUT, (), generator=generator))

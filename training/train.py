@@ -7,9 +7,11 @@ the Load Demo Model node. What it does follows from the seed and the step alone,
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -75,6 +77,17 @@ def main() -> None:
     print(f"written: {output}")
 
 
+WARM = 100  # steps in which a learning rate grows to its full size, or a tenth of all
+
+
+def falling(rate: float, steps: int, step: int, fall: float = 1.0) -> float:
+    """The learning rate of a step: it warms up, then goes through a share of a half cosine down to zero."""
+    warm = min(WARM, steps // 10)
+    if step < warm:
+        return rate * (step + 1) / warm
+    return rate * (1 + math.cos(math.pi * fall * (step - warm) / (steps - warm))) / 2
+
+
 @torch.no_grad()
 def move_average(averages: list[Tensor], weights: list[Tensor], seen: Tensor) -> None:
     """Exponential average of 500 steps, of fewer at the beginning, so that the first weights are forgotten."""
@@ -82,33 +95,37 @@ def move_average(averages: list[Tensor], weights: list[Tensor], seen: Tensor) ->
     torch._foreach_lerp_(averages, weights, 1 - decay)
 
 
+STATE = ("model", "average", "optimiser")
+
+
 class Run:
     """One training: optimiser, learning rate, the average of the weights, and a file to go on from."""
 
     def __init__(
-        self, make: Callable[[], nn.Module], path: Path, steps: int, rate: float, seed: int, device: torch.device
+        self,
+        make: Callable[[], nn.Module],
+        path: Path,
+        steps: int,
+        rate: Callable[[int], float],  # step -> learning rate
+        seed: int,
+        device: torch.device,
     ):
         with torch.random.fork_rng():  # torch's layers take their first weights from the process-wide generator
             torch.random.manual_seed(seed)
             self.model = make().to(device)
-        self.path, self.steps, self.seed, self.device = path, steps, seed, device
-        self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
-        warm = min(100, steps // 10)
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimiser, rate, total_steps=steps, pct_start=warm / steps, cycle_momentum=False, final_div_factor=100
-        )
+        self.path, self.steps, self.rate, self.seed, self.device = path, steps, rate, seed, device
+        self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=rate(0), betas=(0.9, 0.99), weight_decay=0.01)
         self.average = torch.optim.swa_utils.AveragedModel(self.model, multi_avg_fn=move_average)
         self.done = 0
         if path.is_file():
             state = torch.load(path, map_location=device, weights_only=True)
-            for name in ("model", "average", "optimiser", "schedule"):
+            for name in STATE:
                 getattr(self, name).load_state_dict(state[name])
             self.done = state["done"]
 
     def save(self) -> None:
-        names = ("model", "average", "optimiser", "schedule")
         with whole_file(self.path) as temporary:
-            torch.save({name: getattr(self, name).state_dict() for name in names} | {"done": self.done}, temporary)
+            torch.save({name: getattr(self, name).state_dict() for name in STATE} | {"done": self.done}, temporary)
 
     def generators(self) -> Iterator[Generator]:
         """The chance of each step that is left to do."""
@@ -125,8 +142,9 @@ class Run:
             self.optimiser.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            for group in self.optimiser.param_groups:
+                group["lr"] = self.rate(self.done)
             self.optimiser.step()
-            self.schedule.step()
             self.average.update_parameters(self.model)
             self.done += 1
             mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
@@ -145,11 +163,12 @@ def train_autoencoder(size: Size, world: World, folder: Path, device: torch.devi
     Latents of a hundredth of noise decode to the same picture, and a little weight keeps them near one another: what a
     diffusion model leaves unfinished then does no harm.
     """
+    steps = size.autoencoder_steps
     run = Run(
         lambda: Autoencoder(size.autoencoder),
         folder / "autoencoder.pt",
-        size.autoencoder_steps,
-        1e-3,
+        steps,
+        partial(falling, 1e-3, steps),
         world.seed,
         device,
     )
@@ -171,9 +190,8 @@ def train_autoencoder(size: Size, world: World, folder: Path, device: torch.devi
 class Pool:
     """A window on the endless row of scenes, as latents and captions, that moves on at each step of a stage."""
 
-    def __init__(self, stage: Stage, world: World, autoencoder: Autoencoder, done: int):
-        self.stage, self.world, self.autoencoder = stage, world, autoencoder
-        self.next = start = done * stage.fresh
+    def __init__(self, stage: Stage, world: World, autoencoder: Autoencoder, start: int):
+        self.stage, self.world, self.autoencoder, self.next = stage, world, autoencoder, start
         side = stage.picture // PATCH
         self.latents = torch.empty(POOL, LATENTS, side, side)
         self.captions = [""] * POOL
@@ -189,17 +207,16 @@ class Pool:
         self.next += self.stage.fresh
 
 
-def stage_at(stages: Sequence[Stage], step: int) -> tuple[Stage, int]:
-    """The stage that a step of the whole training belongs to, and how many of its steps are done before."""
-    for stage in stages:
+def stage_at(stages: Sequence[Stage], step: int) -> tuple[int, int]:
+    """Number of the stage that a step of the whole training belongs to, and which of its steps it is."""
+    for number, stage in enumerate(stages):
         if step < stage.steps:
-            return stage, step
+            return number, step
         step -= stage.steps
     raise ValueError(f"step {step} lies after the last stage")
 
 
 OFFSET = 0.1  # of the noise's mean, a picture and channel
-NOISIEST = 700  # half of all timesteps are drawn from here on
 
 
 def draw_noise(shape: Sequence[int], generator: Generator) -> Tensor:
@@ -211,11 +228,11 @@ def draw_noise(shape: Sequence[int], generator: Generator) -> Tensor:
     return torch.randn(shape, generator=generator) + OFFSET * torch.randn((*shape[:2], 1, 1), generator=generator)
 
 
-def draw_timesteps(count: int, generator: Generator) -> Tensor:
-    """Uniform, and half of them only among the noisiest: where a caption decides what there will be."""
+def draw_timesteps(count: int, focus: tuple[int, int], generator: Generator) -> Tensor:
+    """Half of them anywhere, half where the focus is."""
     anywhere = torch.randint(STEPS, (count,), generator=generator)
-    noisy = torch.randint(NOISIEST, STEPS, (count,), generator=generator)
-    return torch.where(torch.rand(count, generator=generator) < 0.5, anywhere, noisy)
+    there = torch.randint(*focus, (count,), generator=generator)
+    return torch.where(torch.rand(count, generator=generator) < 0.5, anywhere, there)
 
 
 def loss_weight(left: Tensor) -> Tensor:
@@ -233,20 +250,28 @@ def train_diffusion(
 ) -> tuple[nn.Module, float]:
     """Noise prediction, as Stable Diffusion's: the averaged model, and what latents are multiplied by."""
     tokenizer, steps = make_tokenizer(world.words), sum(stage.steps for stage in size.stages)
-    run = Run(lambda: Diffusion(size, tokenizer), folder / "diffusion.pt", steps, size.rate, world.seed, device)
+
+    def rate(step: int) -> float:
+        number, step = stage_at(size.stages, step)
+        stage = size.stages[number]
+        return falling(stage.rate, stage.steps, step, stage.fall)
+
+    run = Run(lambda: Diffusion(size, tokenizer), folder / "diffusion.pt", steps, rate, world.seed, device)
     scale = scale_of(size, world, autoencoder)
     signal, pool = alphas(), None
 
     def loss_of(generator: Generator) -> Tensor:
         nonlocal pool
-        stage, done = stage_at(size.stages, run.done)
+        number, done = stage_at(size.stages, run.done)
+        stage = size.stages[number]
         if pool is None or pool.stage is not stage:
-            pool = Pool(stage, world, autoencoder, done)
+            seen = sum(earlier.steps * earlier.fresh for earlier in size.stages[:number])
+            pool = Pool(stage, world, autoencoder, seen + done * stage.fresh)
         pool.move()
         chosen = torch.randint(POOL, (stage.batch,), generator=generator)
         captions = [roughen(pool.captions[number], generator) for number in chosen.tolist()]
         noise = draw_noise((stage.batch, *pool.latents.shape[1:]), generator)
-        timesteps = draw_timesteps(stage.batch, generator)
+        timesteps = draw_timesteps(stage.batch, stage.focus, generator)
         left = signal[timesteps][:, None, None, None]
         noisy = left.sqrt() * pool.latents[chosen] * scale + (1 - left).sqrt() * noise
         found = run.model(noisy.to(device), timesteps.to(device), tokens_of(tokenizer, captions).to(device))
