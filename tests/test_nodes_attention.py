@@ -319,3 +319,20 @@ def test_weights_that_are_not_resident_change_nothing(comfy, sd15, guide, matche
     assert guided.model.model_lowvram
     management.unload_all_models()
     assert torch.equal(got, expected)
+
+
+def test_frames_together_do_not_take_the_fallback_for_cpus(host_module, monkeypatch):
+    """ComfyUI's sub-quadratic attention takes twice the time; one that was asked for is left, and so is one frame."""
+    from comfy.cli_args import args
+    from comfy.ldm.modules import attention
+
+    query, attend_with = torch.zeros(1, 1, 1), host_module.attend.attend_with
+    monkeypatch.setattr(attention, "optimized_attention", attention.attention_sub_quad)
+    assert attend_with(query, {}, jointly=2).func is attention.attention_pytorch
+    assert attend_with(query, {}).func is attention.attention_sub_quad
+    assert attend_with(query.to("meta"), {}, jointly=2).func is attention.attention_sub_quad
+    monkeypatch.setattr(args, "use_quad_cross_attention", True)
+    assert attend_with(query, {}, jointly=2).func is attention.attention_sub_quad
+    monkeypatch.setattr(args, "use_quad_cross_attention", False)
+    monkeypatch.setattr(attention, "optimized_attention", attention.attention_split)
+    assert attend_with(query, {}, jointly=2).func is attention.attention_split

@@ -10,11 +10,11 @@ from typing import Any
 
 import comfy.patcher_extension
 import torch
-from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
 from ...cove.attention import correspondence_attention, spatial_temporal_attention
 from ...cove.correspondence import Correspondence
+from .attend import attend_with
 from .model import Block, grid_at, self_attention_levels, unet_of
 from .sampling import check_hints
 from .told import KEY, area_of, latent_size, tell_areas, window_of
@@ -42,7 +42,7 @@ class GuidedSelfAttention:
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
         """Projected tokens [conds*frames, tokens, channels] -> what goes into `to_out`, of the same shape."""
         heads = options["n_heads"]
-        attend = partial(optimized_attention, attn_precision=options.get("attn_precision"), transformer_options=options)
+        attend = attend_with(query, options)
         grid = tuple(options["activations_shape"][2:])
         if query.shape[1] != math.prod(grid):
             raise _other_tokens(f"{query.shape[1]} tokens", grid)
@@ -59,7 +59,7 @@ class GuidedSelfAttention:
                 f"frames each. The latents and the correspondence must be of the same frames."
             )
         if self.all_frames:
-            tokens = spatial_temporal_attention(query, key, value, frames, heads, attend)
+            tokens = spatial_temporal_attention(query, key, value, frames, heads, attend_with(query, options, frames))
         else:
             tokens = attend(query, key, value, heads)
         if self.correspondence is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,13 +11,13 @@ from typing import Any
 import comfy.patcher_extension
 import torch
 from comfy.context_windows import IndexListContextWindow
-from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
 from ...cove.attention import spatial_temporal_attention
 from ...cove.correspondence import crop_matches
 from ...cove.inversion import Inversion
 from ...cove.tokenflow import Between, between_keyframes, choose_keyframes, nearest_tokens, propagate
+from .attend import attend_with
 from .attention import check_slots
 from .model import Block, grid_at, self_attention_levels, unet_of
 from .sampling import check_hints
@@ -88,31 +88,30 @@ class FlowingSelfAttention:
         return self
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
-        attend = partial(optimized_attention, attn_precision=options.get("attn_precision"), transformer_options=options)
         instead = options.get(ATTENTION)
         if instead is None:
-            return attend(query, key, value, options["n_heads"])
-        return instead((query, key, value), options, attend)
+            return attend_with(query, options)(query, key, value, options["n_heads"])
+        return instead((query, key, value), options)
 
 
 Tokens = tuple[Tensor, Tensor, Tensor]  # query, key, value
 
 
-def _find_fields(step: _Step, tokens: Tokens, options: dict[str, Any], attend: Callable[..., Tensor]) -> Tensor:
+def _find_fields(step: _Step, tokens: Tokens, options: dict[str, Any]) -> Tensor:
     """The source: plain self-attention, whose output says which tokens belong together."""
     flow, frames = step.flow, step.flow.frames_in(options)
     step.prompt = check_one_prompt(options, flow.source.node, step.prompt)
-    result = attend(*tokens, options["n_heads"])
+    result = attend_with(tokens[0], options)(*tokens, options["n_heads"])
     (clip,) = _by_frames(result, len(frames), options, flow.source.node)
     step.fields[frames, _place(options)] = nearest_tokens(clip, step.keyframes(len(frames)), step.between(len(frames)))
     return result
 
 
-def _edit_keyframes(step: _Step, tokens: Tokens, options: dict[str, Any], attend: Callable[..., Tensor]) -> Tensor:
+def _edit_keyframes(step: _Step, tokens: Tokens, options: dict[str, Any]) -> Tensor:
     """The edit before keyframes are blended: their joint attention is kept. The other frames are of no use here."""
     flow, frames = step.flow, step.flow.frames_in(options)
     keyframes = [*range(len(frames))] if RUNS_ON_KEYFRAMES in options else step.keyframes(len(frames))
-    edited = _attend_jointly(tokens, len(frames), keyframes, options, attend, flow.source.node)
+    edited = _attend_jointly(tokens, len(frames), keyframes, options, flow.source.node)
     named = tuple(frames[keyframe] for keyframe in keyframes)
     step.edited.update(zip(_names(named, options), edited, strict=True))
     result = torch.zeros_like(tokens[0])
@@ -120,7 +119,7 @@ def _edit_keyframes(step: _Step, tokens: Tokens, options: dict[str, Any], attend
     return result
 
 
-def _propagate(step: _Step, tokens: Tokens, options: dict[str, Any], attend: Callable[..., Tensor]) -> Tensor:
+def _propagate(step: _Step, tokens: Tokens, options: dict[str, Any]) -> Tensor:
     """The edit: every frame takes the tokens of the keyframes around it."""
     flow, frames = step.flow, step.flow.frames_in(options)
     keyframes, between = step.keyframes(len(frames)), step.between(len(frames))
@@ -129,7 +128,7 @@ def _propagate(step: _Step, tokens: Tokens, options: dict[str, Any], attend: Cal
         named = tuple(frames[keyframe] for keyframe in keyframes)
         edited = [step.edited.pop(name) for name in _names(named, options)]
     else:
-        edited = _attend_jointly(tokens, len(frames), keyframes, options, attend, flow.source.node)
+        edited = _attend_jointly(tokens, len(frames), keyframes, options, flow.source.node)
     fields = step.fields[frames, _place(options)]
     found = [
         propagate(one, _of_area(flow, fields, area_of(options, uuid), options), between)
@@ -138,9 +137,10 @@ def _propagate(step: _Step, tokens: Tokens, options: dict[str, Any], attend: Cal
     return torch.cat(found)
 
 
-def _attend_jointly(tokens: Tokens, frames: int, keyframes: list[int], options, attend, node: str) -> Tensor:
+def _attend_jointly(tokens: Tokens, frames: int, keyframes: list[int], options, node: str) -> Tensor:
     """Eq. 3: [conds, keyframes, tokens, channels]."""
     some = (_by_frames(x, frames, options, node)[:, keyframes].flatten(0, 1) for x in tokens)
+    attend = attend_with(tokens[0], options, len(keyframes))
     joint = spatial_temporal_attention(*some, len(keyframes), options["n_heads"], attend)
     return joint.unflatten(0, (-1, len(keyframes)))
 
