@@ -2,9 +2,9 @@
 
 from comfy_api.v0_0_2 import ComfyExtension, io
 
-from . import attention, correspondence, ddim, draw, features, frames, injection, inversion, metrics, tokenflow
+from . import attention, correspondence, ddim, demo, draw, features, frames, injection, inversion, metrics, tokenflow
 
-FILES = (frames, features, correspondence, draw, attention, ddim, inversion, injection, tokenflow, metrics)
+FILES = (demo, frames, features, correspondence, draw, attention, ddim, inversion, injection, tokenflow, metrics)
 
 
 class CoveExtension(ComfyExtension):

@@ -1,9 +1,9 @@
-"""Edit a clip from the command line: a real ComfyUI, the pack in it, and workflow 1.
+"""Edit a clip from the command line: a real ComfyUI, the pack in it, and a workflow.
 
     nox -s edit -- --clip clip.mp4 --checkpoint model.safetensors --prompt "a boat in the snow"
 
-Without a checkpoint it makes a small random one, without a clip it renders one, and says so: that shows that
-everything runs, not what the method can do.
+With a checkpoint, workflow 1; without a clip, one is rendered. Without a checkpoint, workflow 0: the small model that
+comes with the pack, which knows drawn shapes and no more, and its own clip unless you give one.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ if __name__ == "__main__":
 from scripts.host import PACK, PromptFailed, Server, lay_out, provide_host
 
 STEPS = {"steps", "sampling_steps", "feature_steps", "resnet_steps", "attention_steps"}  # they go together
-WORKFLOW = PACK / "workflows" / "api" / "1_edit_a_clip.json"
+WORKFLOWS = PACK / "workflows" / "api"
+DEMO, EDIT = WORKFLOWS / "0_demo.json", WORKFLOWS / "1_edit_a_clip.json"
 BASE = PACK / ".edit"
-TRIAL = {"steps": 10, "frames": 6, "size": (256, 160)}  # where a random model makes more a waste
+DEMO_SIZE, DEMO_FRAMES = (128, 128), 8  # what the demo model was trained on; as many as its own clip has
 
 
 def main() -> None:
@@ -35,14 +36,17 @@ def main() -> None:
         return
     host = provide_host()
     base = lay_out(BASE)
-    clip, checkpoint = provide_clip(arguments, base), provide_checkpoint(arguments, base)
-    shutil.copy2(clip, base / "input" / clip.name)
-    places = base / "checkpoint_folder.yaml"  # JSON is YAML too
-    places.write_text(json.dumps({"cove": {"base_path": str(checkpoint.parent), "checkpoints": "."}}))
+    clip, options = provide_clip(arguments, base), []
+    if clip:
+        shutil.copy2(clip, base / "input" / clip.name)
+    if arguments.checkpoint:
+        places = base / "checkpoint_folder.yaml"  # JSON is YAML too
+        places.write_text(json.dumps({"cove": {"base_path": str(arguments.checkpoint.parent), "checkpoints": "."}}))
+        options = ["--extra-model-paths-config", str(places)]
+    prompt = fill_in(read(EDIT if arguments.checkpoint else DEMO), clip, arguments)
 
     print(f"starting ComfyUI from {host}; its log is {base / 'server.log'}", flush=True)
-    with Server(host, base, "--extra-model-paths-config", str(places)) as server:
-        prompt = fill_in(json.loads(WORKFLOW.read_text(encoding="utf-8")), clip.name, checkpoint.name, arguments)
+    with Server(host, base, *options) as server:
         threading.Thread(target=show_progress, args=(server, prompt), daemon=True).start()
         outputs = server.queue(prompt, math.inf)
         video = find_video(server, outputs)
@@ -56,8 +60,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="nox -s edit --", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--clip", type=Path, help="video to edit; none: one is rendered")
-    parser.add_argument("--checkpoint", type=Path, help="an SD1.5, SD2.x or SDXL checkpoint; none: a random one")
+    parser.add_argument("--clip", type=Path, help="video to edit; none: the demo model's, or one is rendered")
+    parser.add_argument("--checkpoint", type=Path, help="an SD1.5, SD2.x or SDXL checkpoint; none: the demo model")
     parser.add_argument("--prompt", help="what the clip shall show")
     parser.add_argument("--source-prompt", help="what it shows now")
     parser.add_argument("--steps", type=int, help="sampling steps; inversion keeps its proportion to them")
@@ -76,12 +80,12 @@ def parse_arguments() -> argparse.Namespace:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             parser.error(f"--{name}: expected 1 or more, got {value}")
-    if not WORKFLOW.is_file():
-        parser.error(f"{WORKFLOW} is missing from this checkout")
-    if arguments.checkpoint is None:
-        for name, value in TRIAL.items():
-            setattr(arguments, name, getattr(arguments, name) or value)
-    stem = arguments.clip.stem if arguments.clip else "rendered"
+    for workflow in (DEMO, EDIT):
+        if not workflow.is_file():
+            parser.error(f"{workflow} is missing from this checkout")
+    if arguments.clip is None and arguments.checkpoint is None and (arguments.frames or arguments.size):
+        parser.error("--frames, --size: the demo clip is taken as it is; give a --clip or a --checkpoint")
+    stem = arguments.clip.stem if arguments.clip else "rendered" if arguments.checkpoint else "demo"
     arguments.output = (arguments.output or Path(f"{stem}-edited.mp4")).expanduser().resolve()
     if arguments.output.suffix.lower() != ".mp4":
         parser.error(f"--output: expected a name ending in .mp4, got {arguments.output.name}")
@@ -100,7 +104,15 @@ def size(text: str) -> tuple[int, int]:
     return width, height
 
 
-def provide_clip(arguments: argparse.Namespace, base: Path) -> Path:
+def provide_clip(arguments: argparse.Namespace, base: Path) -> Path | None:
+    """The clip to copy to ComfyUI's inputs; None for the demo clip, which has a node of its own."""
+    if arguments.checkpoint is None:
+        print(
+            "no --checkpoint: taking the small model that comes with the pack. It knows drawn shapes on plain, cloudy "
+            "and tiled grounds, and can make nothing else of a clip.",
+            flush=True,
+        )
+        return arguments.clip
     if arguments.clip:
         return arguments.clip
     from scripts.clip import render_clip
@@ -109,35 +121,31 @@ def provide_clip(arguments: argparse.Namespace, base: Path) -> Path:
     return render_clip(base / "rendered.mp4", max(arguments.frames or 0, 16), 512, 320)
 
 
-def provide_checkpoint(arguments: argparse.Namespace, base: Path) -> Path:
-    if arguments.checkpoint:
-        return arguments.checkpoint
-    from scripts.random_models import write_checkpoint
-
-    width, height = arguments.size
-    print(
-        f"no --checkpoint: making a small random one. Nobody trained it: it follows no prompt, and the result only "
-        f"shows that everything runs. Settings are small too ({arguments.steps} steps, {arguments.frames} frames, "
-        f"{width}x{height}) unless you gave others.",
-        flush=True,
-    )
-    return write_checkpoint(base / "models/checkpoints/random_sd15.ckpt", "sd15")
+def read(workflow: Path) -> dict:
+    return json.loads(workflow.read_text(encoding="utf-8"))
 
 
-def fill_in(prompt: dict, clip: str, checkpoint: str, arguments: argparse.Namespace) -> dict:
-    """Workflow 1 with the user's wishes in it; what they left open stays as the workflow has it."""
+def fill_in(prompt: dict, clip: Path | None, arguments: argparse.Namespace) -> dict:
+    """A workflow with the user's wishes in it; what they left open stays as the workflow has it."""
+    size, frames, source = arguments.size, arguments.frames, arguments.source_prompt
+    for node_id, node in prompt.items():
+        if node["class_type"] == "CoveLoadDemoClip" and clip:
+            # The rest of the workflow takes the same outputs from Load Frames.
+            (load,) = [other for other in read(EDIT).values() if other["class_type"] == "CoveLoadFrames"]
+            prompt[node_id] = load
+            size, frames, source = size or DEMO_SIZE, frames or DEMO_FRAMES, source or ""
     for node in prompt.values():
         inputs, title = node["inputs"], node.get("_meta", {}).get("title", "")
         if node["class_type"] == "CheckpointLoaderSimple":
-            inputs["ckpt_name"] = checkpoint
+            inputs["ckpt_name"] = arguments.checkpoint.name
         elif node["class_type"] == "CoveLoadFrames":
-            inputs |= {"file": clip}
-            inputs |= {"count": arguments.frames} if arguments.frames else {}
-            inputs |= dict(zip(("width", "height"), arguments.size, strict=True)) if arguments.size else {}
+            inputs |= {"file": clip.name}
+            inputs |= {"count": frames} if frames else {}
+            inputs |= dict(zip(("width", "height"), size, strict=True)) if size else {}
         elif title == "Edit prompt" and arguments.prompt is not None:
             inputs["text"] = arguments.prompt
-        elif title == "Source prompt" and arguments.source_prompt is not None:
-            inputs["text"] = arguments.source_prompt
+        elif title == "Source prompt" and source is not None:
+            inputs["text"] = source
     if arguments.steps:
         full = min(node["inputs"]["steps"] for node in prompt.values() if "steps" in node["inputs"])
         for node in prompt.values():
@@ -152,7 +160,7 @@ def find_video(server: Server, outputs: dict) -> Path:
             for entry in entries:
                 if isinstance(entry, dict) and str(entry.get("filename", "")).endswith(".mp4"):
                     return server.path_of(entry)
-    raise RuntimeError(f"{WORKFLOW.name} gave back no video; the log is {server.log}")
+    raise RuntimeError(f"the workflow gave back no video; the log is {server.log}")
 
 
 def show_progress(server: Server, prompt: dict) -> None:

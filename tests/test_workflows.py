@@ -1,5 +1,6 @@
 """Every workflow fits the nodes as they are, and its API form runs in a real ComfyUI and gives what it says."""
 
+from dataclasses import replace
 from functools import cache
 from itertools import combinations
 
@@ -13,7 +14,10 @@ from safetensors.torch import load_file
 
 from scripts.host import PACK
 from tests.workflow_helpers import FPS, FRAMES, HEIGHT, NAMES, SMALL, WIDTH, api_form, editor_form, place_clip
+from training.classifier import QUESTIONS, answers, load_classifier
+from training.clips import demo_clip
 
+DEMO = "0_demo"
 EDITS = ["1_edit_a_clip", "2_edit_with_controlnet"]
 FILES = ("ckpt_name", "control_net_name", "file")  # the user's own
 
@@ -26,7 +30,7 @@ def the(prompt: dict, *classes: str) -> str:
 
 @pytest.fixture(scope="module")
 def run(server):
-    """Name of a workflow -> its prompt, made small, and its outputs; each runs once.
+    """Name of a workflow -> its prompt, made small, and its outputs; each runs once. The demo runs as it is.
 
     Every latent and every decoded picture is saved beside what the workflow saves: node "<id> saved".
     """
@@ -35,7 +39,7 @@ def run(server):
     @cache
     def once(name: str) -> tuple[dict, dict]:
         prompt = api_form(name)
-        for node in prompt.values():
+        for node in prompt.values() if name != DEMO else ():
             node["inputs"] |= SMALL.get(node["class_type"], {})
         kinds = {"VAEDecode": ("SaveImage", "images"), "VAEEncode": ("SaveLatent", "samples")}
         kinds |= dict.fromkeys(("CoveDDIMInversion", "CoveDDIMSampler"), ("SaveLatent", "samples"))
@@ -136,6 +140,19 @@ def test_template_browser_lists_the_workflows_and_nothing_else(server):
 
 
 # As runs
+
+
+def test_demo_makes_its_red_star_green_and_nothing_else(server, run, pictures):
+    """By the classifier, which never saw a picture of the model."""
+    prompt, outputs = run(DEMO)
+    video, rate = video_of(server, outputs, prompt)
+    edited = numpy.stack(pictures(DEMO, f"{the(prompt, 'VAEDecode')} saved"))
+    assert video.shape == edited.shape == (8, 128, 128, 3) and rate == 8
+    scenes = [replace(scene, things=(replace(scene.things[0], colour="green"),)) for scene in demo_clip().scenes]
+    scores = load_classifier()(torch.tensor(edited).movedim(-1, 1) / 255)
+    hits = torch.stack([score.argmax(1) for score in scores], 1) == torch.tensor([answers(scene) for scene in scenes])
+    found = dict(zip(QUESTIONS, hits.float().mean(0).tolist(), strict=True))
+    assert min(found.values()) >= 0.75, found
 
 
 @pytest.mark.parametrize("name", EDITS)

@@ -1,0 +1,131 @@
+"""What is run from the command line: workflows filled in, clips measured, measurements kept."""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.records import Records
+from benchmarks.results import rows, spread
+from cove.frames import write_frames
+from scripts import edit
+from tests.method_helpers import ROOT
+
+NOTHING = {"clip": None, "checkpoint": None, "prompt": None, "source_prompt": None, "steps": None, "frames": None}
+NOTHING |= {"size": None}
+
+
+def filled(workflow, clip=None, **wishes):
+    return edit.fill_in(edit.read(workflow), clip and Path(clip), argparse.Namespace(**NOTHING | wishes))
+
+
+def the(prompt, node_class):
+    (found,) = [node for node in prompt.values() if node["class_type"] == node_class]
+    return found["inputs"]
+
+
+def texts(prompt):
+    return {node["_meta"]["title"]: node["inputs"]["text"] for node in prompt.values() if "text" in node["inputs"]}
+
+
+# ---- nox -s edit ----
+
+
+def test_without_wishes_workflows_stay_as_they_are():
+    assert filled(edit.DEMO) == edit.read(edit.DEMO)
+
+
+def test_a_checkpoint_and_a_clip_are_put_into_workflow_1():
+    wishes = {"prompt": "snow", "source_prompt": "a boat", "frames": 5, "size": (256, 160), "steps": 10}
+    prompt = filled(edit.EDIT, "boat.mp4", checkpoint=Path("a/model.ckpt"), **wishes)
+    assert the(prompt, "CheckpointLoaderSimple") == {"ckpt_name": "model.ckpt"}
+    frames = the(prompt, "CoveLoadFrames")
+    assert [frames[name] for name in ("file", "count", "width", "height")] == ["boat.mp4", 5, 256, 160]
+    assert texts(prompt)["Edit prompt"] == "snow" and texts(prompt)["Source prompt"] == "a boat"
+    inversion, injection = the(prompt, "CoveDDIMInversion"), the(prompt, "CoveFeatureInjection")
+    assert [inversion[name] for name in ("steps", "sampling_steps", "feature_steps")] == [10, 10, 8]
+    assert [injection[name] for name in ("resnet_steps", "attention_steps")] == [8, 8]
+    assert the(prompt, "CoveDDIMSampler")["steps"] == 10
+
+
+def test_a_clip_of_ones_own_takes_the_place_of_the_demo_clip():
+    before, prompt = edit.read(edit.DEMO), filled(edit.DEMO, "boat.mp4")
+    (place,) = [key for key, node in before.items() if node["class_type"] == "CoveLoadDemoClip"]
+    assert prompt[place]["class_type"] == "CoveLoadFrames"
+    frames = the(prompt, "CoveLoadFrames")
+    assert [frames[name] for name in ("file", "count", "width", "height")] == ["boat.mp4", 8, 128, 128]
+    assert texts(prompt)["Source prompt"] == ""  # nobody said what it shows; it is no star
+    assert {key: node for key, node in prompt.items() if key != place and "text" not in node["inputs"]} == {
+        key: node for key, node in before.items() if key != place and "text" not in node["inputs"]
+    }
+
+
+# ---- nox -s measure ----
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    from training.clips import demo_clip
+
+    folder = tmp_path_factory.mktemp("clips")
+    pictures = demo_clip().draw(128)
+    write_frames(folder / "source.mp4", pictures, fps=8)
+    write_frames(folder / "edited.mp4", 1 - pictures[1::2], fps=4)
+    return folder
+
+
+def measure(*arguments):
+    command = [sys.executable, ROOT / "scripts" / "measure.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_an_edit_is_measured_against_the_frames_it_was_made_of(clips):
+    pytest.importorskip("cv2")
+    ended = measure(clips / "source.mp4", clips / "edited.mp4", "--start=1", "--stride=2", "--plot", clips / "plot.png")
+    assert ended.returncode == 0, ended.stderr
+    first, _, heads, *lines, plot = ended.stdout.strip().splitlines()
+    assert first.startswith("4 frames of 128x128. Motion taken out, frames differ 1.")
+    assert heads.split()[:3] == ["frame", "PSNR", "SSIM"] and len([line for line in lines if line]) == 5
+    assert plot == f"the plot: {clips / 'plot.png'}" and (clips / "plot.png").stat().st_size > 5000
+
+
+def test_what_measure_cannot_do_is_said_in_a_line(clips):
+    for arguments, said in (
+        ((clips / "source.mp4", clips / "none.mp4"), "there is no file"),
+        ((clips / "edited.mp4", clips / "source.mp4"), "frames"),
+    ):
+        ended = measure(*arguments)
+        assert ended.returncode and said in ended.stderr.splitlines()[-1] and "Traceback" not in ended.stderr
+
+
+# ---- measurements ----
+
+
+def test_records_go_on_where_they_were(tmp_path):
+    path = tmp_path / "folder" / "some.jsonl"
+    records = Records(path)
+    records.add({"seed": 0, "way": "a"}, {"value": 1.5})
+    records.add({"seed": 1, "way": "a"}, {"value": 2.5})
+    with path.open("a") as file:
+        file.write('{"case": {"seed": 2')  # killed while it wrote
+    again = Records(path)
+    assert {"way": "a", "seed": 1} in again and {"seed": 2, "way": "a"} not in again
+    again.add({"seed": 2, "way": "a"}, {"value": 3.5})
+    again.add({"seed": 0, "way": "a"}, {"value": 9.0})
+    found = list(Records(path))
+    assert [(case["seed"], measured["value"]) for case, measured in found] == [(0, 9.0), (1, 2.5), (2, 3.5)]
+    assert len(Records(path).machines()) == 1
+    assert json.loads(path.read_text().splitlines()[1])["case"] == {"seed": 0, "way": "a"}
+
+
+def test_spread_is_that_of_the_seeds():
+    values = [(0, 1.0), (0, 3.0), (1, 4.0), (1, float("nan")), (2, 6.0)]
+    assert spread(values, 2) == "4.00 ± 2.00"
+    assert spread(values[:2], 1) == "2.0" and spread([(0, float("nan"))], 1) == "-"
+
+
+def test_rows_are_markdown():
+    assert rows(["", "a"], [["b", "1"]]) == "|  | a |\n| --- | --- |\n| b | 1 |"
