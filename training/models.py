@@ -27,7 +27,7 @@ class Stage:
     steps: int
     rate: float  # the learning rate that it begins with
     fall: float  # the share of a half cosine, from that rate to zero, that it goes through
-    focus: tuple[int, int]  # half of the timesteps are drawn from here
+    focus: tuple[int, int]  # half of the timesteps are drawn from here, where shapes are decided: the larger, the later
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,8 @@ SIZES = {
         autoencoder_batch=24,
         autoencoder_steps=900,
         stages=(
-            # What a caption says of colours and grounds is decided in the most noise, then shapes and textures.
-            Stage(64, batch=64, fresh=16, steps=3400, rate=8e-4, fall=0.72, focus=(700, 1000)),
-            Stage(64, batch=64, fresh=16, steps=800, rate=4e-4, fall=0.5, focus=(300, 800)),
-            Stage(128, batch=24, fresh=6, steps=950, rate=3e-4, fall=1.0, focus=(400, 900)),
+            Stage(64, batch=64, fresh=16, steps=2400, rate=8e-4, fall=0.6, focus=(300, 900)),
+            Stage(128, batch=24, fresh=6, steps=2000, rate=5e-4, fall=1.0, focus=(450, 1000)),
         ),
     ),
     # One data-centre GPU, 25 minutes.
@@ -77,9 +75,8 @@ SIZES = {
         autoencoder_batch=24,
         autoencoder_steps=2000,
         stages=(
-            Stage(128, batch=192, fresh=16, steps=4500, rate=8e-4, fall=0.72, focus=(700, 1000)),
-            Stage(128, batch=192, fresh=16, steps=1500, rate=4e-4, fall=0.5, focus=(400, 900)),
-            Stage(256, batch=96, fresh=8, steps=4000, rate=3e-4, fall=1.0, focus=(500, 1000)),
+            Stage(128, batch=192, fresh=16, steps=6000, rate=8e-4, fall=0.6, focus=(450, 1000)),
+            Stage(256, batch=96, fresh=8, steps=4000, rate=5e-4, fall=1.0, focus=(550, 1000)),
         ),
     ),
 }

@@ -244,8 +244,8 @@ def between(low: float, high: float, generator: Generator) -> float:
 
 
 def random_scene(generator: Generator, most: int = 2) -> Scene:
-    """One thing on a ground of another colour, and in a quarter of the scenes, where `most` allows, a second one."""
-    several = most > 1 and float(torch.rand((), generator=generator)) < 0.25
+    """One thing on a ground of another colour, and in a tenth of the scenes, where `most` allows, a second one."""
+    several = most > 1 and float(torch.rand((), generator=generator)) < 0.1
     things: list[Thing] = []
     for _ in range(2 if several else 1):
         radius = between(0.32, 0.5, generator) if several else between(0.4, 0.75, generator)
