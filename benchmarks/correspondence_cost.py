@@ -77,7 +77,7 @@ def main() -> None:
         command = [sys.executable, __file__, *sys.argv[1:], f"--window={window}"]
         answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         seconds, mebibytes = map(float, answer.split())
-        operations = 2 * (arguments.frames - 1) * height * width * window**2 * arguments.channels
+        operations = 2 * (arguments.frames - 1) * height * width * min(window**2, height * width) * arguments.channels
         case = {"frames": arguments.frames, "grid": arguments.grid, "channels": arguments.channels, "window": window}
         records.add(case, {"operations": operations, "seconds": seconds, "MiB": mebibytes})
         print(f"{window:>8}{operations / 1e9:>12.3f}e9{seconds:>8.1f} s{mebibytes:>8.0f} MiB")

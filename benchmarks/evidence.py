@@ -3,8 +3,8 @@
     python -m nox -s evidence
 
 Broken off, it goes on where it was: what was measured lies in .evidence/, one line a measurement. Delete files there to
-measure anew. Clips are shared out among as many processes as there are cores, up to four, or one on a GPU; what only
-costs are measured of runs alone.
+measure anew; what was measured on another demo model is measured anew in any case. Cases are shared out among as many
+processes as there are cores, up to four, or one on a GPU; what only costs are measured of runs alone.
 """
 
 from __future__ import annotations
@@ -19,14 +19,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.records import FOLDER  # noqa: E402
 
-SHARED = ("matches", "masks", "real_clips", "edits")
-ALONE = {
-    "samples": (),
-    "reconstruction": (),
-    "correspondence_cost": (),
-    "injection_cost": (),
-    "attention_cost": ("--repeats=1",),
-}
+SHARED = ("samples", "matches", "masks", "real_clips", "edits", "reconstruction")  # each knows what it has measured
+COSTS = {"correspondence_cost": (), "injection_cost": (), "attention_cost": ("--repeats=1",)}
 
 
 def start(name: str, *arguments: str, threads: int | None = None) -> subprocess.Popen:
@@ -47,7 +41,7 @@ def main() -> None:
     parts = 1 if torch.cuda.is_available() else min(4, cores)
     for name in SHARED:
         finish(*(start(name, f"--part={i}/{parts}", threads=cores // parts) for i in range(parts)))
-    for name, arguments in ALONE.items():
+    for name, arguments in COSTS.items():
         done = FOLDER / f"{name}.done"
         if not done.is_file():
             finish(start(name, *arguments))

@@ -13,7 +13,9 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,18 +26,18 @@ import torch.nn.functional as F  # noqa: E402
 from einops import rearrange  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from benchmarks.model import load_demo  # noqa: E402
+from benchmarks.model import digest_of, load_demo  # noqa: E402
 from benchmarks.records import FOLDER, Records, add_part  # noqa: E402
 from cove.correspondence import Correspondence, find_correspondence  # noqa: E402
 from cove.ddim import inversion_timesteps, invert  # noqa: E402
 from cove.features import resample  # noqa: E402
-from cove.flow import dis_flow, flow_tracks  # noqa: E402
+from cove.flow import correspondence_of, dis_flow, flow_tracks  # noqa: E402
 from cove.metrics import pck  # noqa: E402
 from cove.refine import refine  # noqa: E402
-from cove.tracks import tracks_of  # noqa: E402
+from cove.tracks import correspondence_along, tracks_of  # noqa: E402
 from scripts.host import provide_host  # noqa: E402
-from training.clips import MOTIONS, on_top, random_clip  # noqa: E402
-from training.world import caption, pixels  # noqa: E402
+from training.clips import MOTIONS, Clip, on_top, random_clip  # noqa: E402
+from training.world import caption, held_out, pixels  # noqa: E402
 
 FRAMES, SIDE, WINDOW, DRAWS = 6, 128, 9, 8
 RADII = (0.5, 1.0, 1.5, 2.0)  # in tokens
@@ -43,6 +45,8 @@ AFTER = (1, 5)  # frames
 TIMESTEPS = (1, 21, 61, 121, 261, 401)
 CLOSER = ((21, "no noise"), (261, "1 draw"), (261, f"{DRAWS} draws"))  # where the dearer ways are tried, too
 WINDOWS = (3, 5, 15, 2 * 32 - 1)  # the last: the whole frame
+PATCHES = (3, 5, 7)  # sides of patches of colours
+MIXED = (3, 5)  # of patches of what two levels hold, each at the timestep where it is sharpest or surest
 NOISES = ("1 draw", f"{DRAWS} draws", "1 shared draw", f"{DRAWS} shared draws", "no noise", "inverted")
 
 Levels = list[Tensor]  # of each level of the decoder, from the last on, [frames, height, width, channels]
@@ -137,6 +141,15 @@ def agreed(features: Tensor) -> Correspondence:
     )
 
 
+def colours(small: Tensor, side: int) -> Tensor:
+    """Patches of colours, of which the nearest has the highest cosine: a large constant stands beside them.
+
+    The cosine of (a, c) and (b, c) is 1 - |a - b|^2 / 2c^2, up to the fourth order in a / c and b / c.
+    """
+    found = patches(small - small.mean((0, 1, 2)), side)
+    return torch.cat([found, torch.full_like(found[..., :1], 3.0 * side)], -1)
+
+
 Tracks = Callable[[int], Tensor]  # of the tokens of a frame, [frames, height, width, 2]
 
 
@@ -162,13 +175,19 @@ def ways(probe: Probe, pictures: Tensor, words: str, seed: int) -> Iterator[tupl
 
     grid = SIDE // probe.vae.downscale_ratio
     small = F.adaptive_avg_pool2d(pictures.movedim(-1, 1), grid).movedim(1, -1)
-    colours = patches(small)
     yield "no motion", tracked(torch.ones(len(pictures), grid, grid, 1), 1)
-    yield "RGB patches", tracked(colours - colours.mean((0, 1, 2)))
-    yield "RGB patches, refined", refined(colours - colours.mean((0, 1, 2)))
+    for side in PATCHES:
+        yield f"RGB {side}x{side}", tracked(colours(small, side))
+        yield f"RGB {side}x{side}, refined", refined(colours(small, side))
     flow = dis_flow(pictures)
     yield "DIS flow", lambda frame: flow_tracks(*flow, frame, grid, grid)
-    for (timestep, noise), states in probe.states(pictures, words, seed).items():
+    yield "DIS flow, in tokens", followed(lambda: correspondence_of(*flow, grid, grid))
+    seen = probe.states(pictures, words, seed)
+    mixed = torch.cat((unit(seen[21, "no noise"][0]), unit(seen[261, f"{DRAWS} draws"][1])), -1)
+    for side in MIXED:
+        yield f"mixed, {side}x{side}", tracked(patches(mixed, side))
+        yield f"mixed, {side}x{side}, refined", refined(patches(mixed, side))
+    for (timestep, noise), states in seen.items():
         levels = [unit(state) for state in states]
         together = torch.cat(levels, -1)
         where = f"t {timestep}, {noise}"
@@ -186,6 +205,18 @@ def ways(probe: Probe, pictures: Tensor, words: str, seed: int) -> Iterator[tupl
                 yield f"level 1, window {window}, {where}", tracked(levels[1], window)
 
 
+def true_matches(clip: Clip, grid: int) -> Correspondence:
+    """What the best matches would be; a point that is hidden is matched with what hides it."""
+    return correspondence_along(torch.stack([clip.tracks(frame, grid)[0] for frame in range(len(clip.scenes))]))
+
+
+def true_ways(clip: Clip, grid: int) -> Iterator[tuple[str, Tracks]]:
+    """The most that matches between whole tokens can be, compared with the first frame or followed link by link."""
+    matches = true_matches(clip, grid)
+    yield "true motion, in tokens", followed(lambda: matches)
+    yield "true motion, link by link", followed(lambda: replace(matches, pairs=None))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=10, help="clips a seed, of every motion in turn")
@@ -199,16 +230,17 @@ def main() -> None:
     grid = SIDE // probe.vae.downscale_ratio
     with torch.inference_mode():
         for seed in arguments.seeds:
-            generator = torch.Generator().manual_seed(1000 + seed)
+            generator = held_out(1000 + seed)
             for number in range(arguments.clips):
                 clip = random_clip(generator, FRAMES, MOTIONS[number % len(MOTIONS)])
-                case = {"seed": seed, "clip": number}
+                case = {"seed": seed, "clip": number, "model": digest_of()}
                 if number % parts != part or case in records:
                     continue
                 true, visible = clip.tracks(0, grid)
                 points = {"things": visible & (on_top(clip.scenes[0], pixels(grid)) >= 0), "all": visible}
                 measured = {}
-                for name, find in ways(probe, clip.draw(SIDE), caption(clip.scenes[0]), seed):
+                found = ways(probe, clip.draw(SIDE), caption(clip.scenes[0]), 1000 * seed + number)
+                for name, find in chain(true_ways(clip, grid), found):
                     places = find(0)
                     measured[name] = {
                         f"{what}, {after}, {radius}": round(pck(places, true, which, radius)[after].item(), 4)

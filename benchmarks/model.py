@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def start(host: Path):
-    """The pack as a module, in a ComfyUI that lives in this process.
+def digest_of(file: str = "shapes.safetensors") -> str:
+    """Of a demo model: what was measured on another is measured anew."""
+    return hashlib.sha256((ROOT / "demo" / file).read_bytes()).hexdigest()[:12]
+
+
+def start(host: Path, torch_attention: bool = False):
+    """The pack as a module, in a ComfyUI that lives in this process and keeps nothing of it.
+
+    torch_attention: as `--use-pytorch-cross-attention` of ComfyUI, which has something slower for CPUs.
 
     From then on `import nodes` is ComfyUI's file: what is needed from the root of the repository comes in before.
     """
@@ -21,7 +30,11 @@ def start(host: Path):
     import torch
 
     comfy.cli_args.args.cpu = not torch.cuda.is_available()
+    comfy.cli_args.args.use_pytorch_cross_attention = torch_attention
     import comfy.model_management
+    import folder_paths
+
+    folder_paths.set_user_directory(tempfile.mkdtemp())  # no inversion goes on where another run was broken off
 
     spec = importlib.util.spec_from_file_location("pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
     sys.modules["pack"] = module = importlib.util.module_from_spec(spec)
@@ -30,10 +43,13 @@ def start(host: Path):
 
 
 def load_demo(host: Path, file: str = "shapes.safetensors"):
-    """The demo model's MODEL, CLIP and VAE, and the pack's nodes by id without the leading Cove."""
+    """The demo model's MODEL, CLIP and VAE, and the pack's nodes by id without the leading Cove.
+
+    Attention is torch's everywhere, so that seconds compare what is done and not who does it.
+    """
     import asyncio
 
-    pack = start(host)
+    pack = start(host, torch_attention=True)
     extension = asyncio.run(pack.comfy_entrypoint())
     nodes = {node.define_schema().node_id.removeprefix("Cove"): node for node in asyncio.run(extension.get_node_list())}
     return *nodes["LoadDemoModel"].execute(file).args, nodes

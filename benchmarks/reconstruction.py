@@ -1,6 +1,6 @@
-"""How well the demo clip comes back from its inversion on the demo model, with and without guided attention.
+"""How well clips come back from their inversion on the demo model, with and without guided attention.
 
-    python benchmarks/reconstruction.py [--frames 4]
+    python benchmarks/reconstruction.py [--frames 4] [--seeds 0 1 2]
 
 The lowest PSNR of a frame, in dB, against what the autoencoder leaves of it; the source prompt, cfg 1.
 """
@@ -18,12 +18,12 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from benchmarks.edits import COVE, SIDE, Editor  # noqa: E402
-from benchmarks.model import load_demo  # noqa: E402
-from benchmarks.records import FOLDER, Records  # noqa: E402
+from benchmarks.model import digest_of, load_demo  # noqa: E402
+from benchmarks.records import FOLDER, Records, add_part  # noqa: E402
 from cove.metrics import psnr  # noqa: E402
 from scripts.host import provide_host  # noqa: E402
-from training.clips import Clip, demo_clip  # noqa: E402
-from training.world import caption  # noqa: E402
+from training.clips import random_clip  # noqa: E402
+from training.world import caption, held_out  # noqa: E402
 
 STEPS, REFINEMENTS = (20, 50), (0, 1, 2)
 
@@ -32,19 +32,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=4)
     parser.add_argument("--output", type=Path, default=FOLDER / "reconstruction.jsonl")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a clip each")
+    add_part(parser)
     arguments = parser.parse_args()
+    part, parts = arguments.part
 
-    records, clip = Records(arguments.output), Clip(demo_clip().scenes[: arguments.frames])
-    loaded = load_demo(provide_host())
-    for steps, refinements, guided in product(STEPS, REFINEMENTS, (False, True)):
+    records, loaded = Records(arguments.output), load_demo(provide_host())
+    cases = product(arguments.seeds, STEPS, REFINEMENTS, (False, True))
+    for number, (seed, steps, refinements, guided) in enumerate(cases):
         case = {"frames": arguments.frames, "steps": steps, "refinements": refinements, "guided": guided}
-        if case in records:
+        case |= {"seed": seed, "model": digest_of()}
+        if number % parts != part or case in records:
             continue
+        clip = random_clip(held_out(4000 + seed), arguments.frames)
         with torch.inference_mode():
             editor = Editor(*loaded, arguments.frames, steps)
             latent = {"samples": editor.vae.encode(clip.draw(SIDE))}
             words, nothing = editor.prompt(caption(clip.scenes[0])), editor.prompt("")
-            model = editor.guided(COVE, clip, latent, words) if guided else editor.model
+            model = editor.guided(COVE, clip, latent, words, seed) if guided else editor.model
             grid = {"steps": steps, "sampling_steps": steps, "refinements": refinements}
             noise, _ = editor.node("DDIMInversion", model=model, conditioning=words, latent=latent, **grid)
             wires = {"model": model, "positive": words, "negative": nothing, "noise": noise}

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from .correspondence import Correspondence
-from .tracks import look_up
+from .tracks import correspondence_along, look_up
 
 
 def dis_flow(frames: Tensor, progress: Callable[[int, int], None] | None = None) -> tuple[Tensor, Tensor]:
@@ -66,17 +65,9 @@ def agree(forward: Tensor, backward: Tensor) -> Tensor:
 
 
 def correspondence_of(forward: Tensor, backward: Tensor, height: int, width: int) -> Correspondence:
-    """The one match of every token of a `height` x `width` grid that the flow at its centre leads to."""
-    matches, reach = [], 0
-    own = _pixels(height, width).to(forward)
-    size = forward.new_tensor([forward.shape[2] / width, forward.shape[1] / height])  # pixels of a token
-    last = own.new_tensor([width - 1, height - 1])
-    for flow in (forward, backward):
-        moved = own + look_up(flow, own.expand(len(flow), -1, -1, -1), (height, width)) / size
-        moved = moved.round().clamp(own.new_tensor(0), last)
-        matches.append(rearrange(moved[..., 1] * width + moved[..., 0], "f h w -> f (h w) 1").int())
-        reach = max(reach, int((moved - own).abs().max())) if len(flow) else reach
-    return Correspondence(*matches, height, width, window=2 * reach + 1)
+    """The one match of every token of a `height` x `width` grid, in every frame, that the flow leads to."""
+    every = [flow_tracks(forward, backward, frame, height, width) for frame in range(len(forward) + 1)]
+    return correspondence_along(torch.stack(every))
 
 
 def flow_tracks(forward: Tensor, backward: Tensor, frame: int, height: int, width: int) -> Tensor:

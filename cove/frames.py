@@ -319,7 +319,9 @@ def _check_size(width: int, height: int, fit: str) -> None:
     for name, size in (("width", width), ("height", height)):
         if size < 0 or size % SIZE_STEP:
             near = _multiple(size)
-            raise ValueError(f"{name} is {size}; expected a multiple of {SIZE_STEP}, such as {near}, or 0 to keep it.")
+            raise ValueError(
+                f"{name} is {size}; expected a multiple of {SIZE_STEP}, such as {near}, or 0 to let it follow."
+            )
     if fit not in FITS:
         raise ValueError(f'fit is "{fit}"; expected one of {", ".join(FITS)}.')
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from .correspondence import Correspondence
@@ -26,6 +27,25 @@ def tracks_of(correspondence: Correspondence, frame: int) -> Tensor:
     tokens = [*tokens[:frame], own, *tokens[frame:]]
     places = torch.stack([torch.stack([token % width, token // width], -1) for token in tokens])
     return places.float().unflatten(1, (height, width))
+
+
+def correspondence_along(tracks: Tensor) -> Correspondence:
+    """The one match of every token in every frame: the token that its track leads to, rounded once.
+
+    Args:
+        tracks: [frames, frames, height, width, 2], of the tokens of each frame their places in every frame. What lies
+            outside the grid ends at its border.
+
+    Returns:
+        A correspondence with `pairs`, as wide a window as its links reach.
+    """
+    frames, _, height, width, _ = tracks.shape
+    places = tracks.round().clamp(tracks.new_tensor(0), tracks.new_tensor([width - 1, height - 1]))
+    pairs = rearrange(places[..., 1] * width + places[..., 0], "i j h w -> i j (h w) 1").int()
+    here, there = torch.arange(frames - 1), torch.arange(1, frames)
+    steps = (places[here, there] - places[here, here]).abs(), (places[there, here] - places[there, there]).abs()
+    reach = int(torch.stack(steps).max()) if frames > 1 else 0
+    return Correspondence(pairs[here, there], pairs[there, here], height, width, 2 * reach + 1, pairs)
 
 
 def look_up(frames: Tensor, places: Tensor, grid: tuple[int, int]) -> Tensor:

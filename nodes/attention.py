@@ -44,7 +44,8 @@ class CorrespondenceAttention(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="More leaves the noisiest part of sampling as it is without this node.",
+                    tooltip="Where in sampling the patch begins: 0 = first step, 1 = end. More leaves the noisiest "
+                    "part as it is without this node.",
                 ),
                 io.Float.Input(
                     "end_percent",
@@ -52,7 +53,8 @@ class CorrespondenceAttention(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Less leaves the last part of sampling, the details, as it is without this node.",
+                    tooltip="Where in sampling the patch ends: 1 = after the last step. Less leaves the details as "
+                    "they are without this node.",
                 ),
                 io.Boolean.Input(
                     "include_self",

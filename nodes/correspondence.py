@@ -25,7 +25,7 @@ class FindCorrespondence(io.ComfyNode):
             description="Finds, for every token of every frame, the most similar tokens nearby in the frames before "
             "and after. Once a clip; edits with other prompts use the same one.",
             inputs=[
-                _host.FeaturesType.Input("features", tooltip="Out of Diffusion Features."),
+                _host.FeaturesType.Input("features", tooltip="From Diffusion Features."),
                 io.Int.Input(
                     "window",
                     default=9,
@@ -84,7 +84,7 @@ class SaveCorrespondence(io.ComfyNode):
             category="COVE",
             description="Saves a correspondence to ComfyUI's output folder.",
             inputs=[
-                _host.CorrespondenceType.Input("correspondence", tooltip="Out of Correspondence."),
+                _host.CorrespondenceType.Input("correspondence", tooltip="From Correspondence."),
                 io.String.Input(
                     "filename_prefix",
                     default="cove/clip",

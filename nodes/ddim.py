@@ -12,7 +12,10 @@ from ..cove import ddim
 from . import _host
 from .injection import ATTENTION_TOOLTIP, AUTO, RESNET_TOOLTIP
 
-STEPS_TOOLTIP = "More steps follow the model more closely and take more time. The paper uses 50."
+STEPS_TOOLTIP = (
+    "The same number as sampling_steps of DDIM Inversion. More steps follow the model more closely and take more time. "
+    "The paper uses 50."
+)
 
 
 class DDIMInversion(io.ComfyNode):
@@ -29,14 +32,15 @@ class DDIMInversion(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model that will sample: with Correspondence Attention for COVE."),
                 io.Conditioning.Input("conditioning", tooltip="The source prompt: what the clip shows. May be empty."),
-                io.Latent.Input("latent", tooltip="The clip's frames out of VAE Encode."),
+                io.Latent.Input("latent", tooltip="The clip's frames from VAE Encode."),
                 io.Int.Input(
                     "steps",
                     default=100,
                     min=1,
                     max=999,
-                    tooltip="More steps invert more exactly and take more time. A multiple of sampling_steps. The "
-                    "paper uses 100; half as many with one refinement cost the same and lose less.",
+                    tooltip="More steps invert more exactly and take more time. The same as sampling_steps or a "
+                    "multiple of it that ends at the same timestep: 100 for 50, of which 99 are run. The paper uses "
+                    "100; half as many with one refinement cost the same and lose less.",
                 ),
                 io.Int.Input(
                     "sampling_steps",
@@ -59,15 +63,16 @@ class DDIMInversion(io.ComfyNode):
                     default=_host.RECOMPUTE,
                     tooltip="For Feature Injection. recompute: keep the latents only and run the source again beside "
                     "each edit; nothing to store, half as much time again in sampling. memory, disk: keep the features "
-                    "of every step; worth it for many edits of a short clip. The node shows how much it will be.",
+                    "of the first feature_steps steps; worth it for many edits of a short clip. The node shows how "
+                    "much it will be. disk is ComfyUI's temp folder: Save Inversion keeps them.",
                 ),
                 io.Int.Input(
                     "feature_steps",
                     default=40,
                     min=0,
                     max=1000,
-                    tooltip="More stores features for more of the first sampling steps. Not used by recompute. The "
-                    "paper uses 40 of 50.",
+                    tooltip="More stores features for more of the first sampling steps: as many as Feature Injection "
+                    "uses. Not used by recompute. The paper uses 40 of 50.",
                 ),
                 io.String.Input("resnet_blocks", default=AUTO, tooltip=f"To store. {RESNET_TOOLTIP}"),
                 io.String.Input("attention_blocks", default=AUTO, tooltip=f"To store. {ATTENTION_TOOLTIP}"),
@@ -127,9 +132,9 @@ class DDIMSampler(io.ComfyNode):
             description="Samples the edited clip from the noise that DDIM Inversion found.",
             inputs=[
                 io.Model.Input("model", tooltip="The same patched model as in DDIM Inversion."),
-                io.Conditioning.Input("positive", tooltip="The edit prompt: what the clip shall show."),
-                io.Conditioning.Input("negative", tooltip="What it shall not show. Not used at cfg 1."),
-                io.Latent.Input("noise", tooltip="Out of DDIM Inversion."),
+                io.Conditioning.Input("positive", tooltip="The edit prompt: what the clip should show."),
+                io.Conditioning.Input("negative", tooltip="What it should not show. Not used at cfg 1."),
+                io.Latent.Input("noise", tooltip="From DDIM Inversion."),
                 io.Int.Input("steps", default=50, min=1, max=999, tooltip=STEPS_TOOLTIP),
                 io.Float.Input(
                     "cfg",
@@ -166,14 +171,14 @@ class DDIMSamplerSelect(io.ComfyNode):
             display_name="DDIM Sampler (for SamplerCustomAdvanced)",
             category="COVE",
             description="The sampler and the sigmas of DDIM Sampler, for SamplerCustomAdvanced with any guider. Give "
-            "that node Disable Noise and the noise out of DDIM Inversion.",
+            "that node DisableNoise and the noise from DDIM Inversion.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that the guider has."),
                 io.Int.Input("steps", default=50, min=1, max=999, tooltip=STEPS_TOOLTIP),
                 io.Latent.Input(
                     "noise",
                     optional=True,
-                    tooltip="Out of DDIM Inversion: if given, it is checked that the inversion ended where these "
+                    tooltip="From DDIM Inversion: if given, it is checked that the inversion ended where these "
                     "sigmas begin.",
                 ),
             ],

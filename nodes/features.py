@@ -25,7 +25,7 @@ class DiffusionFeatures(io.ComfyNode):
             "decoder holds is kept. Alike features mean the same thing in the picture.",
             inputs=[
                 io.Model.Input("model", tooltip="SD1.5, SD2.x or SDXL, without Correspondence Attention."),
-                io.Latent.Input("latent", tooltip="The clip's frames out of VAE Encode, one latent a frame."),
+                io.Latent.Input("latent", tooltip="The clip's frames from VAE Encode, one latent a frame."),
                 io.Int.Input(
                     "timestep",
                     default=261,
@@ -74,7 +74,7 @@ class DiffusionFeatures(io.ComfyNode):
                 io.Conditioning.Input(
                     "conditioning",
                     optional=True,
-                    tooltip="A prompt that describes the clip; without one, an empty conditioning is used.",
+                    tooltip="The source prompt: what the clip shows. Without one, zeros take its place.",
                 ),
             ],
             outputs=[

@@ -41,11 +41,11 @@ class LoadFrames(io.ComfyNode):
                     default=0,
                     min=0,
                     max=1_000_000,
-                    tooltip="More begins later in the clip: frames to pass over.",
+                    tooltip="Frames to skip at the beginning of the clip. More begins later.",
                 ),
                 io.Int.Input(
                     "count",
-                    default=16,
+                    default=9,
                     min=0,
                     max=100_000,
                     tooltip="More frames make a longer clip, and cost more than proportionally in time and memory. "
@@ -65,8 +65,9 @@ class LoadFrames(io.ComfyNode):
                     min=0,
                     max=MAX_SIZE,
                     step=8,
-                    tooltip="More shows more detail and costs much more time and memory. A multiple of 8. 0 = follows "
-                    "from the height at the clip's proportions; if both are 0, the clip's own size is kept.",
+                    tooltip="In pixels. More shows more detail and costs much more time and memory. A multiple of 8. "
+                    "0 = follows from the height at the clip's proportions; both 0 = the clip's own size, cut to a "
+                    "multiple of 8.",
                 ),
                 io.Int.Input(
                     "height",
@@ -74,8 +75,9 @@ class LoadFrames(io.ComfyNode):
                     min=0,
                     max=MAX_SIZE,
                     step=8,
-                    tooltip="More shows more detail and costs much more time and memory. A multiple of 8. 0 = follows "
-                    "from the width at the clip's proportions; if both are 0, the clip's own size is kept.",
+                    tooltip="In pixels. More shows more detail and costs much more time and memory. A multiple of 8. "
+                    "0 = follows from the width at the clip's proportions; both 0 = the clip's own size, cut to a "
+                    "multiple of 8.",
                 ),
                 io.Combo.Input(
                     "fit",

@@ -34,7 +34,7 @@ class FeatureInjection(io.ComfyNode):
                 io.Model.Input(
                     "model", tooltip="The patched model that DDIM Inversion had. The result is for sampling."
                 ),
-                _host.InversionType.Input("inversion", tooltip="Out of DDIM Inversion or Load Inversion."),
+                _host.InversionType.Input("inversion", tooltip="From DDIM Inversion or Load Inversion."),
                 io.Int.Input(
                     "resnet_steps", default=40, min=0, max=1000, tooltip=STEPS_TOOLTIP.format("shapes and places")
                 ),

@@ -21,7 +21,7 @@ class SaveInversion(io.ComfyNode):
             category="COVE",
             description="Saves an inversion to ComfyUI's output folder, so that the clip need not be inverted again.",
             inputs=[
-                _host.InversionType.Input("inversion", tooltip="Out of DDIM Inversion."),
+                _host.InversionType.Input("inversion", tooltip="From DDIM Inversion."),
                 io.String.Input(
                     "filename_prefix",
                     default="cove/clip",
@@ -62,7 +62,7 @@ class LoadInversion(io.ComfyNode):
                 io.Latent.Input(
                     "latent",
                     optional=True,
-                    tooltip="The clip's frames out of VAE Encode. If given, it is checked that they were inverted.",
+                    tooltip="The clip's frames from VAE Encode. If given, it is checked that they were inverted.",
                 ),
             ],
             outputs=[

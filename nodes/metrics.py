@@ -25,14 +25,14 @@ class ReconstructionCheck(io.ComfyNode):
             description="Says how well the clip comes back from its inversion, and what to change when it does not. "
             "What is lost here is lost in every edit.",
             inputs=[
-                io.Image.Input("source", tooltip="The frames out of Load Frames."),
+                io.Image.Input("source", tooltip="The frames from Load Frames."),
                 io.Image.Input(
                     "reconstruction", tooltip="What DDIM Sampler gives with the source prompt at cfg 1, decoded."
                 ),
                 io.Image.Input(
                     "vae_only",
                     optional=True,
-                    tooltip="The source through VAE Encode and VAE Decode. If given, what the VAE loses is told apart "
+                    tooltip="The source through VAE Encode and VAE Decode. If given, what the VAE loses is shown apart "
                     "from what the inversion loses.",
                 ),
                 _host.InversionType.Input(
@@ -83,12 +83,12 @@ class EditCheck(io.ComfyNode):
             description="Measures how steady an edited clip is, and how far it is from its source. To compare settings "
             "by numbers: change one, look at both.",
             inputs=[
-                io.Image.Input("source", tooltip="The frames out of Load Frames."),
+                io.Image.Input("source", tooltip="The frames from Load Frames."),
                 io.Image.Input("edited", tooltip="The edited frames, of the same size."),
                 io.ClipVision.Input(
                     "clip_vision",
                     optional=True,
-                    tooltip="Out of Load CLIP Vision. If given, how alike each frame and the next are to CLIP.",
+                    tooltip="From Load CLIP Vision. If given, how alike each frame and the next are to CLIP.",
                 ),
                 io.Clip.Input(
                     "clip",

@@ -24,7 +24,7 @@ class TokenFlow(io.ComfyNode):
                     tooltip="SD1.5, SD2.x or SDXL, as DDIM Inversion had it; with Feature Injection to keep the "
                     "source's layout. The result is for sampling.",
                 ),
-                _host.InversionType.Input("inversion", tooltip="Out of DDIM Inversion or Load Inversion."),
+                _host.InversionType.Input("inversion", tooltip="From DDIM Inversion or Load Inversion."),
                 io.Int.Input(
                     "every",
                     default=8,

@@ -62,8 +62,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--clip", type=Path, help="video to edit; none: the demo model's, or one is rendered")
     parser.add_argument("--checkpoint", type=Path, help="an SD1.5, SD2.x or SDXL checkpoint; none: the demo model")
-    parser.add_argument("--prompt", help="what the clip shall show")
-    parser.add_argument("--source-prompt", help="what it shows now")
+    parser.add_argument("--prompt", help="what the clip should show")
+    parser.add_argument("--source-prompt", help="what it shows now; none: empty, or what the demo clip shows")
     parser.add_argument("--steps", type=int, help="sampling steps; inversion keeps its proportion to them")
     parser.add_argument("--frames", type=int, help="frames to edit, from the clip's first")
     parser.add_argument("--size", type=size, metavar="WxH", help="in pixels, multiples of 8; 0 follows from the other")
@@ -85,6 +85,8 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"{workflow} is missing from this checkout")
     if arguments.clip is None and arguments.checkpoint is None and (arguments.frames or arguments.size):
         parser.error("--frames, --size: the demo clip is taken as it is; give a --clip or a --checkpoint")
+    if arguments.clip and arguments.checkpoint and not arguments.prompt:
+        parser.error('--prompt: say what the clip should show, such as --prompt "a boat in the snow"')
     stem = arguments.clip.stem if arguments.clip else "rendered" if arguments.checkpoint else "demo"
     arguments.output = (arguments.output or Path(f"{stem}-edited.mp4")).expanduser().resolve()
     if arguments.output.suffix.lower() != ".mp4":
@@ -128,12 +130,14 @@ def read(workflow: Path) -> dict:
 def fill_in(prompt: dict, clip: Path | None, arguments: argparse.Namespace) -> dict:
     """A workflow with the user's wishes in it; what they left open stays as the workflow has it."""
     size, frames, source = arguments.size, arguments.frames, arguments.source_prompt
+    if clip and source is None:
+        source = ""  # nobody said what it shows; it is not what the workflow's own clip shows
     for node_id, node in prompt.items():
         if node["class_type"] == "CoveLoadDemoClip" and clip:
             # The rest of the workflow takes the same outputs from Load Frames.
             (load,) = [other for other in read(EDIT).values() if other["class_type"] == "CoveLoadFrames"]
             prompt[node_id] = load
-            size, frames, source = size or DEMO_SIZE, frames or DEMO_FRAMES, source or ""
+            size, frames = size or DEMO_SIZE, frames or DEMO_FRAMES
     for node in prompt.values():
         inputs, title = node["inputs"], node.get("_meta", {}).get("title", "")
         if node["class_type"] == "CheckpointLoaderSimple":

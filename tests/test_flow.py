@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from cove.flow import agree, correspondence_of, dis_flow, flow_tracks
+from cove.tracks import tracks_of
 from tests.method_helpers import randn
 
 pytest.importorskip("cv2")
@@ -59,6 +60,9 @@ def test_tokens_follow_their_middle():
             expected = expected.clamp(torch.zeros(2), last)  # what leads outside ends at the border
             token = found[link, :, 0].unflatten(0, (height, width))
             assert_close(torch.stack([token % width, token // width], -1).float(), expected)
+    for frame in range(4):  # frames further apart: rounded once, not at every link
+        places = own + (moved - moved[frame]).round()[:, None, None]
+        assert_close(tracks_of(matches, frame), places.clamp(torch.zeros(2), last))
 
 
 def test_one_frame_has_no_flow(moving):

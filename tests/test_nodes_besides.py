@@ -182,7 +182,7 @@ def test_hooks_of_a_source_prompt_are_not_lost_silently(comfy, small, nodes):
     group.add(hook)
     source = comfy.hooks.set_hooks_for_conditioning(prompt(1), group)
     noise, inversion = invert(nodes, small, source)
-    with refused("Feature Injection", "source prompt carries hooks", "memory or disk"):
+    with refused("Feature Injection", "source prompt carries hooks", "Put the LoRA on the model"):
         sample(nodes, inject(nodes, small, inversion, conditioning=source, **ALL), noise)
     _, stored = invert(nodes, small, source, storage="memory", **ALL)
     assert sample(nodes, inject(nodes, small, stored, **ALL), noise).isfinite().all()

@@ -58,9 +58,17 @@ def test_a_clip_of_ones_own_takes_the_place_of_the_demo_clip():
     frames = the(prompt, "CoveLoadFrames")
     assert [frames[name] for name in ("file", "count", "width", "height")] == ["boat.mp4", 8, 128, 128]
     assert texts(prompt)["Source prompt"] == ""  # nobody said what it shows; it is no star
+    assert texts(filled(edit.EDIT, "boat.mp4", checkpoint=Path("a"), prompt="snow"))["Source prompt"] == ""
     assert {key: node for key, node in prompt.items() if key != place and "text" not in node["inputs"]} == {
         key: node for key, node in before.items() if key != place and "text" not in node["inputs"]
     }
+
+
+def test_a_clip_without_a_prompt_is_not_edited(clips):
+    """The prompt in the workflow is of another clip."""
+    command = [sys.executable, ROOT / "scripts" / "edit.py", "--clip", clips / "source.mp4"]
+    ended = subprocess.run([*command, "--checkpoint", clips / "source.mp4"], capture_output=True, text=True)
+    assert ended.returncode == 2 and "--prompt: say what the clip should show" in ended.stderr
 
 
 # ---- nox -s measure ----

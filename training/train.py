@@ -23,33 +23,32 @@ from demo.autoencoder import LATENTS, PATCH, Autoencoder
 from .export import export
 from .models import SIZES, STEPS, Diffusion, Size, Stage, alphas, encode
 from .words import make_tokenizer, roughen, tokens_of
-from .world import WORDS, Scene, caption, draw, random_scene
+from .world import HELD_OUT, WORDS, Scene, caption, draw, random_scene
 
 ROOT = Path(__file__).parent.parent
 POOL = 4096  # latents at hand at one time
 SAVE_EVERY = 300  # seconds
-HELD_OUT = 10**9  # scenes from this number on are never trained on
+SEED = 1  # of the first weights
 
 
 @dataclass(frozen=True)
 class World:
-    """An endless row of scenes that follows from a seed, and every word that their captions may have."""
+    """An endless row of scenes, and every word that their captions may have."""
 
     random_scene: Callable[[Generator], Scene]
     words: tuple[str, ...]
-    seed: int
 
     @classmethod
-    def named(cls, name: str, seed: int) -> World:
+    def named(cls, name: str) -> World:
         if name == "shapes":
-            return cls(random_scene, WORDS, seed)
+            return cls(random_scene, WORDS)
         from .emoji import Emoji  # here, as it needs Pillow
 
         emoji = Emoji(ROOT / ".training" / "emoji")
-        return cls(emoji.random_scene, emoji.words, seed)
+        return cls(emoji.random_scene, emoji.words)
 
     def scene(self, number: int) -> Scene:
-        return self.random_scene(Generator().manual_seed(self.seed * 2**32 + number))
+        return self.random_scene(Generator().manual_seed(number))
 
     def pictures(self, numbers: Iterable[int], size: int) -> Tensor:
         return torch.stack([draw(self.scene(number), size) for number in numbers])
@@ -60,7 +59,6 @@ def main() -> None:
     parser.add_argument("size", choices=SIZES)
     parser.add_argument("--folder", type=Path, help="where unfinished work is kept (default: .training/<size>)")
     parser.add_argument("--output", type=Path, help="the finished file (default: demo/<size>.safetensors)")
-    parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     size = SIZES[options.size]
     folder = options.folder or ROOT / ".training" / options.size
@@ -69,7 +67,7 @@ def main() -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    world = World.named(options.size, options.seed)
+    world = World.named(options.size)
     autoencoder = train_autoencoder(size, world, folder, device)
     diffusion, scale = train_diffusion(size, world, autoencoder, folder, device)
     pictures = world.pictures(range(HELD_OUT, HELD_OUT + 64), size.picture).to(device)
@@ -113,7 +111,7 @@ class Run:
         with torch.random.fork_rng():  # torch's layers take their first weights from the process-wide generator
             torch.random.manual_seed(seed)
             self.model = make().to(device)
-        self.path, self.steps, self.rate, self.seed, self.device = path, steps, rate, seed, device
+        self.path, self.steps, self.rate, self.device = path, steps, rate, device
         self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=rate(0), betas=(0.9, 0.99), weight_decay=0.01)
         self.average = torch.optim.swa_utils.AveragedModel(self.model, multi_avg_fn=move_average)
         self.done = 0
@@ -130,7 +128,7 @@ class Run:
     def generators(self) -> Iterator[Generator]:
         """The chance of each step that is left to do."""
         for step in range(self.done, self.steps):
-            yield Generator().manual_seed(self.seed * 2**32 + step)
+            yield Generator().manual_seed(step)
 
     def train(self, loss_of: Callable[[Generator], Tensor]) -> nn.Module:
         """Go on to the last step; the averaged model."""
@@ -169,7 +167,7 @@ def train_autoencoder(size: Size, world: World, folder: Path, device: torch.devi
         folder / "autoencoder.pt",
         steps,
         partial(falling, 1e-3, steps),
-        world.seed,
+        SEED,
         device,
     )
 
@@ -256,7 +254,7 @@ def train_diffusion(
         stage = size.stages[number]
         return falling(stage.rate, stage.steps, step, stage.fall)
 
-    run = Run(lambda: Diffusion(size, tokenizer), folder / "diffusion.pt", steps, rate, world.seed, device)
+    run = Run(lambda: Diffusion(size, tokenizer), folder / "diffusion.pt", steps, rate, SEED, device)
     scale = scale_of(size, world, autoencoder)
     signal, pool = alphas(), None
 

@@ -235,6 +235,14 @@ WORDS = ("a", "an", "and", "on", "ground", *COLOURS, *SHAPES, *TEXTURES, *GROUND
 # ---- chance and motion ----
 
 
+HELD_OUT = 10**9  # chance from this number on is never trained on
+
+
+def held_out(number: int) -> Generator:
+    """The chance of a scene, or of several, that nothing was trained on."""
+    return Generator().manual_seed(HELD_OUT + number)
+
+
 def pick(choices, generator: Generator):
     return list(choices)[int(torch.randint(len(choices), (), generator=generator))]
 

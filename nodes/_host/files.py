@@ -40,7 +40,7 @@ def is_there(file: str | None, node: str) -> bool | str:
     """For a node's validation: whether the file named can be loaded, else what to do."""
     if file is None or path_of(file).is_file():
         return True
-    return f'{node}: there is no file "{file}". Refresh the page (R) and choose another.'
+    return f'{node}: there is no file "{file}". Press R to refresh the list, and choose another.'
 
 
 @contextmanager

@@ -62,14 +62,13 @@ class SourceBranch:
         """An error when the source cannot be run for want of its prompt, or of a hint for each frame."""
         if self.conditioning is None:
             raise ValueError(
-                f"{self.node}: what it needs of the source is not stored, and this inversion's source prompt cannot "
-                f"be: connect the conditioning that DDIM Inversion had."
+                f"{self.node}: the source must run beside the edit, but this inversion does not hold its prompt (a "
+                f"ControlNet, an area, or several entries). Connect the conditioning that DDIM Inversion had."
             )
         if any(extras.get("hooks") for _, extras in self.conditioning):
             raise ValueError(
                 f"{self.node}: the source prompt carries hooks (a LoRA on the prompt), which the host does not load "
-                f"for a source that runs beside the edit. Put the LoRA on the model, or set `storage` of DDIM "
-                f"Inversion to memory or disk."
+                f"for a source that runs beside the edit. Put the LoRA on the model."
             )
         check_hints([extras for _, extras in self.conditioning], frames, model_options, self.node)
 

@@ -1,0 +1,118 @@
+"""What benchmarks count with: matches to compare with, and edits whose right answer is known."""
+
+import torch
+from torch.testing import assert_close
+
+from benchmarks import edits, matches, results
+from cove.metrics import colour_drift, pck, warping_error
+from cove.tracks import tracks_of
+from tests.method_helpers import generator, randn
+from training.classifier import QUESTIONS, answers
+from training.clips import MOTIONS, on_top, random_clip
+from training.world import caption, pixels
+
+
+def test_patches_of_colours_are_matched_by_their_distance():
+    small = torch.rand(2, 7, 11, 3, generator=generator())
+    one, other = matches.colours(small, 3).flatten(1, 2)
+    near, far = matches.patches(small, 3).flatten(1, 2)
+    chosen = (matches.unit(one.double()) @ matches.unit(other.double()).T).argmax(1)
+    distances = torch.cdist(near, far)
+    assert (distances.gather(1, chosen[:, None])[:, 0] <= 1.02 * distances.amin(1)).all()
+
+
+def test_agreed_matches_lead_back():
+    """By angle: a token at 0 degrees finds 12 before -15, but 12 finds another at 20 before it, and -15 finds it."""
+    features = torch.zeros(2, 3, 5, 17)
+    features[:, ..., 2:] = torch.eye(15).unflatten(0, (3, 5))  # every other token is like itself alone
+    for frame, token, degrees in ((0, (1, 1), 0), (0, (1, 2), 20), (1, (1, 2), 12), (1, (1, 3), -15)):
+        angle = torch.deg2rad(torch.tensor(float(degrees)))
+        features[(frame, *token)] = torch.cat((angle.cos()[None], angle.sin()[None], torch.zeros(15)))
+    found = matches.agreed(features)
+    token = 1 * 5 + 1
+    assert found.k == 1 and found.forward[0, token, 0] == 1 * 5 + 3
+    assert matches.find_correspondence(features, 9, 1).forward[0, token, 0] == 1 * 5 + 2
+    assert found.forward[0, 0, 0] == 0 and found.backward[0, 14, 0] == 14
+
+
+def test_true_motion_is_right_up_to_rounding():
+    """Rounded once, no visible point is off by more than half the diagonal of a token; link by link it may be."""
+    size = 29
+    for seed, motion in enumerate(MOTIONS):
+        clip = random_clip(generator(seed), 5, motion)
+        ways = dict(matches.true_ways(clip, size))
+        for frame in (0, 3):
+            true, visible = clip.tracks(frame, size)
+            once, linked = (
+                pck(ways[f"true motion, {how}"](frame), true, visible, 0.5**0.5 + 1e-4)
+                for how in ("in tokens", "link by link")
+            )
+            assert_close(once, torch.ones_like(once))
+            assert (linked[abs(torch.arange(5) - frame) == 1] == 1).all() and (linked <= once).all()
+
+
+def test_an_edit_changes_one_thing_that_can_be_seen():
+    asked = set()
+    for seed in range(20):
+        clip = random_clip(generator(seed), 3)
+        target, question = edits.changed(clip, generator(seed + 100))
+        asked.add(question)
+        before, after = (answers(one.scenes[0]) for one in (clip, target))
+        differ = [name for name, a, b in zip(QUESTIONS, before, after, strict=True) if a != b]
+        assert differ == [question] and caption(target.scenes[0]) != caption(clip.scenes[0])
+        thing = target.scenes[0].things[0]
+        assert thing.colour != target.scenes[0].ground.colour
+        for scene, there, old, new in zip(clip.scenes, target.scenes, clip.draw(64), target.draw(64), strict=True):
+            ground = on_top(scene, pixels(64)) < 0
+            assert ((old - new).abs().amax(-1)[ground] > 0.02).sum() < 0.1 * ground.sum()  # but for its edge
+            assert (old - new).abs().amax(-1)[~ground].mean() > 0.02 and scene.ground == there.ground
+
+
+def test_what_was_asked_for_is_found_to_be_so(monkeypatch):
+    """The drawn target has no PSNR below another picture's, and drifts less than with noise on it."""
+    monkeypatch.setattr(edits, "SIDE", 64)
+    clip = random_clip(generator(2), 4, "move")
+    target, question = edits.changed(clip, generator(3))
+    right = torch.tensor(answers(target.scenes[0]))
+
+    def classifier(pictures):
+        return [torch.eye(20)[answer].expand(len(pictures), -1) for answer in right]
+
+    made = target.draw(64)
+    noisy = made + 0.05 * randn(*made.shape)
+    clean, worse, other = (edits.judged(classifier, target, question, some) for some in (made, noisy, clip.draw(64)))
+    assert clean["edited"] == clean["kept"] == 1
+    assert clean["PSNR"] > 60 and abs(worse["PSNR"] - 26) < 0.2 and other["PSNR"] < 30
+    assert clean["drift"] < worse["drift"] and clean["warping error"] < worse["warping error"]
+    # On the thing alone, and with its own motion.
+    places, visible = clip.tracks(2, 16)
+    thing = on_top(clip.scenes[2], pixels(16)) >= 0
+    assert worse["drift"] == colour_drift(noisy, places, visible & thing)
+    assert worse["warping error"] == warping_error(noisy, *edits.true_flow(clip, 64)).nanmean().item()
+    assert tracks_of(matches.true_matches(clip, 16), 2).shape == places.shape
+
+
+def test_ways_are_compared_clip_by_clip(monkeypatch):
+    """A way that is better on each clip by the same has no spread, however the clips differ."""
+    found = {
+        "spatial-temporal attention": {(0, 0): 1.0, (0, 1): 5.0, (1, 0): 30.0},
+        "COVE, K = 3": {(0, 0): 1.5, (0, 1): 5.5, (1, 0): 30.5, (2, 0): 99.0},
+    }
+
+    def edited(name):
+        return {key: dict.fromkeys(results.MEASURES, value) for key, value in found.get(name, {}).items()}
+
+    monkeypatch.setattr(results, "edited", edited)
+    lines = results.edits_compared().splitlines()
+    assert len(lines) == 3
+    assert lines[2].split(" | ")[0].strip("| ") == "COVE, K = 3" and "0.50 ± 0.00" in lines[2]
+
+
+def test_measurements_on_another_model_do_not_count(monkeypatch, tmp_path):
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    monkeypatch.setattr(results, "digest_of", lambda: "new")
+    records = results.Records(tmp_path / "masks.jsonl")
+    records.add({"seed": 0, "model": "old"}, {"value": 1})
+    records.add({"seed": 0, "model": "new"}, {"value": 2})
+    records.add({"grid": "64x64"}, {"value": 3})  # of no model
+    assert [measured["value"] for _, measured in results.records("masks")] == [2, 3]
