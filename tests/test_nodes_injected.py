@@ -63,7 +63,7 @@ def test_a_source_prompt_with_a_controlnet_is_connected_again(sd15, nodes, contr
     source = control(prompt(1), hints())
     noise, inversion = invert(nodes, sd15, source, steps=2)
     alone = inject(nodes, sd15, inversion, **ALL)
-    with refused("Feature Injection", "not stored", "connect the conditioning"), watched(sd15) as calls:
+    with refused("Feature Injection", "does not hold its prompt", "Connect the conditioning"), watched(sd15) as calls:
         sample(nodes, alone, noise, steps=2)
     assert not calls
     management.unload_all_models()

@@ -207,7 +207,7 @@ def test_a_source_prompt_that_an_inversion_cannot_hold_is_connected_again(sd15, 
 
     source = control(prompt(1), hints())
     noise, inversion = invert(nodes, sd15, source, steps=1)
-    with refused(NODE, "not stored", "connect the conditioning"), watched(sd15) as calls:
+    with refused(NODE, "does not hold its prompt", "Connect the conditioning"), watched(sd15) as calls:
         sample(nodes, flow(nodes, sd15, inversion), noise, steps=1)
     assert not calls
     two = flow(nodes, sd15, inversion, conditioning=control(prompt(1), hints(2)))

@@ -210,7 +210,7 @@ def test_captions_become_tokens():
 
 def test_the_longest_caption_fits_with_the_words_that_are_added():
     longest = "a checkered orange triangle and a checkered orange triangle on a cloudy orange ground"
-    world = train.World.named("shapes", 1)
+    world = train.World.named("shapes")
     most = max(len(caption(world.scene(number)).split()) for number in range(500))
     assert most == len(longest.split())
     assert most + 3 + 2 <= LENGTH
