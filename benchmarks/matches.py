@@ -1,6 +1,6 @@
 """How well tokens are matched, on clips whose motion is known: the paper's question of which feature to take.
 
-    python benchmarks/matches.py [--clips 10] [--seeds 0 1 2]
+    python benchmarks/matches.py [--clips 5] [--seeds 0 1 2]
 
 The tokens of the first frame are followed through the clip; counted are the points of the things, and of everything,
 that arrive near where they truly are after one and after five frames. Beside the settings of Diffusion Features stand
@@ -219,7 +219,7 @@ def true_ways(clip: Clip, grid: int) -> Iterator[tuple[str, Tracks]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clips", type=int, default=10, help="clips a seed, of every motion in turn")
+    parser.add_argument("--clips", type=int, default=5, help="clips a seed, of every motion in turn")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=FOLDER / "matches.jsonl")
     add_part(parser)
