@@ -24,9 +24,10 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from torch import Generator, Tensor  # noqa: E402
 
-from benchmarks.matches import true_matches  # noqa: E402
+from benchmarks.matches import WINDOW, true_matches  # noqa: E402
 from benchmarks.model import digest_of, load_demo  # noqa: E402
 from benchmarks.records import FOLDER, Records, add_part  # noqa: E402
+from cove.correspondence import find_correspondence  # noqa: E402
 from cove.flow import correspondence_of, dis_flow  # noqa: E402
 from cove.metrics import colour_drift, psnr, warping_error  # noqa: E402
 from scripts.host import provide_host  # noqa: E402
@@ -43,7 +44,7 @@ class Way:
     """How to edit: the settings of the nodes, `k` None where the one is left out."""
 
     k: int | None = None
-    matches: str = "features"  # or "flow", or "truth"
+    matches: str = "features"  # or "flow", "truth", or "chance"
     level: int = 0
     timestep: int = 261
     refine: bool = False
@@ -68,6 +69,7 @@ WAYS = {
     "COVE, token itself among them": replace(COVE, include_self=True),
     "COVE, guided in sampling only": replace(COVE, guided_inversion=False),
     "COVE, own frame only": replace(COVE, all_frames=False),
+    "COVE, matches by chance": replace(COVE, matches="chance"),
     "COVE, level 1, refined": BETTER,
     "along tracks: level 1, refined": ALONG,
     "along tracks: DIS flow": replace(ALONG, matches="flow"),
@@ -108,6 +110,9 @@ class Editor:
             matches = correspondence_of(*dis_flow(clip.draw(SIDE)), *grid)
         elif way.matches == "truth":
             matches = true_matches(clip, grid[0])
+        elif way.matches == "chance":
+            noise = torch.randn((self.frames, *grid, 8), generator=Generator().manual_seed(seed))
+            matches = find_correspondence(noise, WINDOW, way.k)
         else:
             wires = {"model": self.model, "latent": latent, "conditioning": source}
             features = {"level": way.level, "timestep": way.timestep, "seed": seed}
