@@ -1,10 +1,12 @@
 """Correspondence Attention in a real UNet: what each block computes, in every way a host may call it."""
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from tests.helpers import FRAMES, HEIGHT, WIDTH, call, latents, predict, prompt, state_of
@@ -83,6 +85,22 @@ def test_every_block_computes_what_the_reference_does(
         all_frames = spatial_temporal == "all frames"
         expected = reference(cove, seen, correspondence, **settings, all_frames=all_frames)
         assert_close(seen.result, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_devices_are_not_mixed(sd15, guide, matches, recorded):
+    """Each call again with CUDA tensors that hold no data; the correspondence lies on the CPU, where nodes leave it."""
+    from comfy.ldm.modules.attention import attention_pytorch
+
+    predict(guide(sd15, found := matches(), include_self=True), latents(), prompt(1))
+    for seen in recorded[:]:
+        options = {**seen.options, "sigmas": seen.options["sigmas"].tolist()}
+        # What ComfyUI takes on a GPU; what it takes on a CPU asks how much memory is free.
+        options["optimized_attention_override"] = lambda _, *args, **kwargs: attention_pytorch(*args, **kwargs)
+        with FakeTensorMode():
+            links = {name: torch.empty(found.forward.shape, dtype=torch.int32) for name in ("forward", "backward")}
+            query, key, value = (torch.empty(x.shape, device="cuda") for x in seen.qkv)
+            result = replace(seen.patch, correspondence=replace(found, **links))(query, key, value, options)
+        assert (result.device, result.shape) == (query.device, seen.result.shape)
 
 
 # --- together, apart, reversed ---

@@ -1,0 +1,70 @@
+"""The method on CUDA tensors that hold no data, on any machine: devices are never mixed, and what would be held.
+
+torch follows devices, shapes and storage through every operation and computes nothing. It is no run on a GPU: kernels
+and their workspace are left out.
+"""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from cove.attention import correspondence_attention, spatial_temporal_attention
+from cove.correspondence import find_correspondence
+from cove.features import resample
+from cove.injection import put_back
+from cove.merging import merge_tokens
+from cove.refine import refine
+from cove.tokenflow import between_keyframes, nearest_tokens, propagate
+from tests.method_helpers import Held
+
+FRAMES, GRID, CHANNELS, HEADS = 5, (3, 7), 22, 2
+
+
+@pytest.fixture(autouse=True)
+def without_data():
+    with FakeTensorMode():
+        yield
+
+
+def cuda(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="cuda")
+
+
+def test_working_memory_of_correspondence():
+    """Beyond features and result, for 20 frames of 64x64x320: 64 MiB less the most that cuBLAS keeps to itself, 32."""
+    features = cuda(20, 64, 64, 320)
+    with Held() as held:
+        found = find_correspondence(features, 9, 3)
+    used = held.peak - 2 * found.forward.nbytes
+    print(f"{used / 2**20:.1f} MiB")
+    assert 10 << 20 < used < 32 << 20  # two frames of unit vectors alone are 10 MiB
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("refined", [False, True])
+@pytest.mark.parametrize("matched_on", ["cpu", "cuda"])
+def test_guided_attention(dtype, refined, matched_on):
+    features = torch.empty((FRAMES, *GRID, CHANNELS), device=matched_on)
+    matches = find_correspondence(features, 5, 3)
+    assert matches.forward.device.type == matched_on
+    if refined:
+        matches = refine(matches, features)
+        assert matches.pairs.device.type == matched_on
+    tokens = cuda(FRAMES, GRID[0] * GRID[1], CHANNELS, dtype=dtype)
+    seen = spatial_temporal_attention(tokens, tokens, tokens, FRAMES, HEADS)
+    guided = correspondence_attention(seen[None], matches, HEADS, include_self=True)
+    assert (guided.device.type, guided.dtype, guided.shape) == ("cuda", dtype, (1, *tokens.shape))
+    assert merge_tokens(tokens, 0.5)[0].device.type == "cuda"
+
+
+def test_tokenflow():
+    keyframes, between = [1, 3], between_keyframes(FRAMES, [1, 3])
+    tokens = cuda(FRAMES, 21, CHANNELS, dtype=torch.float16)
+    fields = nearest_tokens(tokens, keyframes, between)
+    assert fields.device.type == propagate(tokens[keyframes], fields, between).device.type == "cuda"
+
+
+def test_features_and_injection():
+    assert resample(cuda(FRAMES, CHANNELS, 5, 7), (10, 14)).device.type == "cuda"
+    stored = torch.empty((FRAMES, CHANNELS, *GRID), dtype=torch.float16)  # what an inversion keeps lies on the CPU
+    assert put_back(cuda(2 * FRAMES, CHANNELS, *GRID), stored, 2).device.type == "cuda"
