@@ -73,7 +73,7 @@ def _best_around(
     """
     precise = torch.float32 if source.device.type == "mps" else torch.float64  # Metal has no doubles
     height = len(target) // width
-    budget = ROWS_BYTES if source.device.type == "cpu" else 64 * ROWS_BYTES
+    budget = ROWS_BYTES if source.device.type == "cpu" else 4 * ROWS_BYTES
     chunk = max(1, budget // (8 * (len(offsets) + 1) * source.shape[1]))
     found = []
     for query, middle in zip(source.split(chunk), around.split(chunk), strict=True):

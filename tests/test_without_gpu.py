@@ -36,8 +36,12 @@ def test_working_memory_of_correspondence():
     with Held() as held:
         found = find_correspondence(features, 9, 3)
     used = held.peak - 2 * found.forward.nbytes
-    print(f"{used / 2**20:.1f} MiB")
+    with Held() as held:
+        refined = refine(found, features)
+    refining = held.peak - refined.pairs.nbytes
+    print(f"{used / 2**20:.1f} MiB, {refining / 2**20:.1f} MiB to refine")
     assert 10 << 20 < used < 32 << 20  # two frames of unit vectors alone are 10 MiB
+    assert 16 << 20 < refining < 32 << 20
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
