@@ -36,6 +36,7 @@ from training.clips import MOTIONS, Clip, on_top, random_clip  # noqa: E402
 from training.world import COLOURS, TEXTURES, Scene, caption, held_out, pixels  # noqa: E402
 
 SIDE, FRAMES, STEPS, CFG, REFINEMENTS = 128, 6, 20, 3.0, 1
+BLOCKS = {"resnet_blocks": "0-2", "attention_blocks": "1-4"}  # what `auto` is on the demo model
 SOURCE, TARGET = "source", "what was asked for"  # through the autoencoder
 
 
@@ -84,7 +85,7 @@ def case_of(name: str, frames: int, steps: int) -> dict:
     """What was done to a clip, in full: another setting is another case."""
     settings = asdict(WAYS[name]) if name in WAYS else {}
     case = {"way": name, "settings": settings, "frames": frames, "steps": steps, "cfg": CFG}
-    return case | {"refinements": REFINEMENTS, "model": digest_of()}
+    return case | BLOCKS | {"refinements": REFINEMENTS, "model": digest_of()}
 
 
 class Editor:
@@ -135,11 +136,12 @@ class Editor:
             refinements=REFINEMENTS,
             storage="memory",
             feature_steps=self.kept,
+            **BLOCKS,
         )
         edited = guided
         if way.injection:
             steps = {"resnet_steps": self.kept, "attention_steps": self.kept}
-            (edited,) = self.node("FeatureInjection", model=edited, inversion=inversion, **steps)
+            (edited,) = self.node("FeatureInjection", model=edited, inversion=inversion, **steps, **BLOCKS)
         if way.tokenflow:
             (edited,) = self.node("TokenFlow", model=edited, inversion=inversion, every=3, seed=seed)
         (sampled,) = self.node(

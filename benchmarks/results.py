@@ -184,7 +184,15 @@ def edited(name: str) -> dict[tuple[int, int], dict]:
     return {(case["seed"], case["clip"]): m for case, m in records("edits") if case.items() >= wanted.items()}
 
 
+def check_edited() -> None:
+    """LookupError unless every way was measured on the same clips: a table of some ways, or some clips, misleads."""
+    clips = {name: edited(name).keys() for name in (TARGET, SOURCE, *WAYS)}
+    if not clips[PLAIN] or any(some != clips[PLAIN] for some in clips.values()):
+        raise LookupError("edits")
+
+
 def edits() -> str:
+    check_edited()
     lines = []
     for name in (TARGET, SOURCE, *WAYS):
         of_way = edited(name)
@@ -196,6 +204,7 @@ def edits() -> str:
 
 def edits_compared() -> str:
     """Clip by clip, what a way has more than spatial-temporal attention alone, and in how many it is better."""
+    check_edited()
     plain, lines = edited(PLAIN), []
     for name in WAYS:
         of_way = edited(name)
@@ -304,6 +313,7 @@ def plot_edits(path: Path) -> None:
     """How near an edit comes to what was asked for, against how steady it is."""
     from matplotlib.figure import Figure
 
+    check_edited()
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for number, name in enumerate(WAYS):

@@ -15,9 +15,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 RESNET, ATTENTION = "resnet", "attention"
-# FLATTEN's decoder blocks, of the twelve of SD1 and SD2.
-FLATTEN_DECODER = 12
-FLATTEN_BLOCKS = {RESNET: (3, 4, 6), ATTENTION: (4, 5, 6, 7, 8, 9)}
+# FLATTEN's decoder blocks, 3, 4, 6 and 4 to 9 of SD1 and SD2: how often the grid is halved there, and which block of
+# those on that grid.
+FLATTEN_BLOCKS = {
+    RESNET: ((2, 0), (2, 1), (1, 0)),
+    ATTENTION: ((2, 1), (2, 2), (1, 0), (1, 1), (1, 2), (0, 0)),
+}
 AUTO, NONE = "auto", "none"
 
 
@@ -38,22 +41,23 @@ class Site:
         return f"{self.kind}.{self.block}.{self.index}"
 
 
-def choose_blocks(kind: str, text: str, available: Sequence[int], blocks: int) -> tuple[int, ...]:
+def choose_blocks(kind: str, text: str, available: Sequence[int], levels: Sequence[int]) -> tuple[int, ...]:
     """The decoder blocks that a text names, such as "3, 4, 6" or "4-9"; "auto" for FLATTEN's; "none" for no block.
 
     Args:
         kind: RESNET or ATTENTION.
         available: the blocks that have such a layer.
-        blocks: of the decoder. FLATTEN's are counted from its end, so that they fall on the same resolutions in
-            decoders that begin elsewhere (SDXL has nine blocks); those the model lacks are left out.
+        levels: of each block of the decoder, how often its grid is halved. FLATTEN's blocks are those at the same
+            places of the same grids, however many there are on each; those the model lacks are left out.
 
     Raises:
         ValueError: for a text of another form, or a block that is not available.
     """
     text = text.strip().lower()
     if text in (AUTO, NONE, ""):
-        wanted = (block - FLATTEN_DECODER + blocks for block in FLATTEN_BLOCKS[kind]) if text == AUTO else ()
-        return tuple(block for block in wanted if block in available)
+        places = [(level, levels[:number].count(level)) for number, level in enumerate(levels)]
+        wanted = FLATTEN_BLOCKS[kind] if text == AUTO else ()
+        return tuple(number for number in available if places[number] in wanted)
     chosen: set[int] = set()
     for part in filter(None, re.split(r"[,\s]+", re.sub(r"\s*-\s*", "-", text))):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
@@ -62,7 +66,7 @@ def choose_blocks(kind: str, text: str, available: Sequence[int], blocks: int) -
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
             raise ValueError(f'{kind} blocks: the range {part} ends before it begins, got "{text}"')
-        chosen.update(range(first, min(last, max(first, blocks)) + 1))
+        chosen.update(range(first, min(last, max(first, len(levels))) + 1))
     missing = sorted(chosen.difference(available))
     if missing or not chosen:
         raise ValueError(

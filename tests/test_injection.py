@@ -8,27 +8,30 @@ import torch
 from cove.injection import ATTENTION, RESNET, Site, choose_blocks, put_back
 from tests.method_helpers import DEVICES, randn
 
-# SD1 and SD2: ResNets in all twelve decoder blocks, transformers from the fourth.
+# SD1 and SD2: ResNets in all twelve decoder blocks, transformers from the fourth. By how often their grid is halved.
+LEVELS = [3, 3, 3, 2, 2, 2, 1, 1, 1, 0, 0, 0]
 SD = {RESNET: range(12), ATTENTION: range(3, 12)}
-# SDXL: nine blocks, transformers in the first six.
-SDXL = {RESNET: range(9), ATTENTION: range(6)}
 
 
 def test_auto_is_flatten_on_its_own_decoder():
-    assert choose_blocks(RESNET, "auto", SD[RESNET], 12) == (3, 4, 6)
-    assert choose_blocks(ATTENTION, "auto", SD[ATTENTION], 12) == (4, 5, 6, 7, 8, 9)
+    assert choose_blocks(RESNET, "auto", SD[RESNET], LEVELS) == (3, 4, 6)
+    assert choose_blocks(ATTENTION, "auto", SD[ATTENTION], LEVELS) == (4, 5, 6, 7, 8, 9)
 
 
-def test_auto_counts_from_the_end_where_blocks_are_fewer():
-    assert choose_blocks(RESNET, "auto", SDXL[RESNET], 9) == (0, 1, 3)
-    assert choose_blocks(ATTENTION, "auto", SDXL[ATTENTION], 9) == (1, 2, 3, 4, 5)
+def test_auto_is_at_the_same_places_of_the_same_grids():
+    sdxl = LEVELS[3:]  # nine blocks, transformers in the first six
+    assert choose_blocks(RESNET, "auto", range(9), sdxl) == (0, 1, 3)
+    assert choose_blocks(ATTENTION, "auto", range(6), sdxl) == (1, 2, 3, 4, 5)
+    two_a_grid = [2, 2, 1, 1, 0, 0]  # the demo model
+    assert choose_blocks(RESNET, "auto", range(6), two_a_grid) == (0, 1, 2)
+    assert choose_blocks(ATTENTION, "auto", range(6), two_a_grid) == (1, 2, 3, 4)
 
 
 def test_auto_leaves_out_what_the_model_lacks():
-    assert choose_blocks(RESNET, "auto", range(5), 5) == ()  # would be -4, -3, -1
-    assert choose_blocks(ATTENTION, "auto", range(5), 5) == (0, 1, 2)
-    assert choose_blocks(ATTENTION, "auto", (5, 7, 11), 12) == (5, 7)
-    assert choose_blocks(ATTENTION, "auto", (), 12) == ()
+    assert choose_blocks(RESNET, "auto", range(5), [3, 3, 3, 0, 0]) == ()
+    assert choose_blocks(RESNET, "auto", range(5), [1, 1, 1, 0, 0]) == (0,)
+    assert choose_blocks(ATTENTION, "auto", (5, 7, 11), LEVELS) == (5, 7)
+    assert choose_blocks(ATTENTION, "auto", (), LEVELS) == ()
 
 
 @pytest.mark.parametrize("kind", [RESNET, ATTENTION])
@@ -51,17 +54,17 @@ def test_auto_leaves_out_what_the_model_lacks():
     ],
 )
 def test_text_names_blocks(kind, text, expected):
-    assert choose_blocks(kind, text, SD[kind], 12) == expected
+    assert choose_blocks(kind, text, SD[kind], LEVELS) == expected
 
 
 def test_auto_in_capitals():
-    assert choose_blocks(RESNET, " Auto ", SD[RESNET], 12) == (3, 4, 6)
+    assert choose_blocks(RESNET, " Auto ", SD[RESNET], LEVELS) == (3, 4, 6)
 
 
 @pytest.mark.parametrize("text", ["all", "3, x", "3;4", "-1", "3--4", "3-", "1-3-5", "3.5", "auto, 3", "none 3", "²"])
 def test_text_of_another_form_is_refused_with_the_forms_there_are(text):
     with pytest.raises(ValueError) as caught:
-        choose_blocks(ATTENTION, text, SD[ATTENTION], 12)
+        choose_blocks(ATTENTION, text, SD[ATTENTION], LEVELS)
     message = str(caught.value)
     assert message.startswith(f"{ATTENTION} blocks")
     assert all(form in message for form in (f'"{text}"', '"3, 4, 6"', '"4-9"', '"auto"', '"none"'))
@@ -70,20 +73,20 @@ def test_text_of_another_form_is_refused_with_the_forms_there_are(text):
 @pytest.mark.parametrize("text", ["9-4", "3, 9-4"])
 def test_a_range_that_ends_before_it_begins_is_refused(text):
     with pytest.raises(ValueError, match=f'got "{text}"'):
-        choose_blocks(ATTENTION, text, SD[ATTENTION], 12)
+        choose_blocks(ATTENTION, text, SD[ATTENTION], LEVELS)
 
 
 @pytest.mark.parametrize("text", ["2", "3, 12", "3, 41", "0-11", "10-13", "41-43, 5"])
 def test_blocks_that_are_not_there_are_refused_with_those_that_are(text):
     with pytest.raises(ValueError, match=rf'attention layers in the decoder blocks 3, 4, .*, 11; got "{text}"'):
-        choose_blocks(ATTENTION, text, SD[ATTENTION], 12)
+        choose_blocks(ATTENTION, text, SD[ATTENTION], LEVELS)
 
 
 def test_a_long_range_takes_no_memory():
     tracemalloc.start()
     try:
         with pytest.raises(ValueError, match="attention layers in the decoder blocks"):
-            choose_blocks(ATTENTION, "3-300000", SD[ATTENTION], 12)
+            choose_blocks(ATTENTION, "3-300000", SD[ATTENTION], LEVELS)
         assert tracemalloc.get_traced_memory()[1] < 1 << 20  # its numbers would take 10 MiB and more
     finally:
         tracemalloc.stop()
@@ -91,7 +94,7 @@ def test_a_long_range_takes_no_memory():
 
 def test_no_block_in_the_text_is_refused():
     with pytest.raises(ValueError, match=r'resnet layers in the decoder blocks 0, 1, .*; got ","'):
-        choose_blocks(RESNET, ",", SD[RESNET], 12)
+        choose_blocks(RESNET, ",", SD[RESNET], LEVELS)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,5 +1,6 @@
 """What benchmarks count with: matches to compare with, and edits whose right answer is known."""
 
+import pytest
 import torch
 from torch.testing import assert_close
 
@@ -96,20 +97,24 @@ def test_what_was_asked_for_is_found_to_be_so(monkeypatch):
 
 def test_ways_are_compared_clip_by_clip(monkeypatch):
     """A way that is better on each clip by the same has no spread, however the clips differ."""
-    found = {
-        "spatial-temporal attention": {(0, 0): 1.0, (0, 1): 5.0, (1, 0): 30.0},
-        "COVE, K = 3": {(0, 0): 1.5, (0, 1): 5.5, (1, 0): 30.5, (2, 0): 99.0},
-    }
-
-    def edited(name):
-        return {key: dict.fromkeys(results.MEASURES, value) for key, value in found.get(name, {}).items()}
-
-    monkeypatch.setattr(results, "edited", edited)
+    plain = {(0, 0): 1.0, (0, 1): 5.0, (1, 0): 30.0}
+    found = {name: plain for name in ("source", "what was asked for", "spatial-temporal attention")}
+    found["COVE, K = 3"] = {key: value + 0.5 for key, value in plain.items()}
+    monkeypatch.setattr(results, "WAYS", ("spatial-temporal attention", "COVE, K = 3"))
+    monkeypatch.setattr(
+        results, "edited", lambda name: {key: dict.fromkeys(results.MEASURES, x) for key, x in found[name].items()}
+    )
     lines = results.edits_compared().splitlines()
     assert len(lines) == 3
     name, nearer, steadier, *more = lines[2].strip("| ").split(" | ")
     assert (name, nearer, steadier) == ("COVE, K = 3", "3 of 3", "0 of 3")  # more PSNR, more drift
     assert more[2] == "0.5 ± 0.0"
+    assert len(results.edits().splitlines()) == 6
+
+    del found["COVE, K = 3"][1, 0]
+    for table in (results.edits, results.edits_compared):
+        with pytest.raises(LookupError):
+            table()
 
 
 def test_measurements_on_another_model_do_not_count(monkeypatch, tmp_path):

@@ -149,8 +149,7 @@ def test_auto_is_flattens_blocks_in_a_decoder_of_full_depth(load, nodes, kind, r
 def test_every_family_comes_back_unchanged_and_edits_changed(load, nodes, kind, blocks):
     with torch.inference_mode():
         model, state = load(kind), state_of(load(kind))
-        settings = {"resnet_blocks": "none" if blocks == "auto" and kind != "sdxl" else blocks, "resnet_steps": 1}
-        settings |= {"attention_blocks": blocks, "attention_steps": 1}
+        settings = {"resnet_blocks": blocks, "resnet_steps": 1, "attention_blocks": blocks, "attention_steps": 1}
         latent, source, edit = latents(2), prompt(1, kind), prompt(2, kind)
         noise, inversion = invert(nodes, model, source, latent, steps=1)
         injected = inject(nodes, model, inversion, **settings)

@@ -30,7 +30,9 @@ WRAPPERS = comfy.patcher_extension.WrappersMP
 
 def sites_of(model, resnet_blocks: str, attention_blocks: str, node: str) -> tuple[Site, ...]:
     """The sites in MODEL's decoder that the texts name."""
-    decoder = unet_of(model, node).output_blocks
+    unet = unet_of(model, node)
+    decoder = unet.output_blocks
+    levels = [level for (part, _), level in block_levels(unet).items() if part == "output"]
     transformers = {number: len(transformers_of(block)) for number, block in enumerate(decoder)}
     available = {
         RESNET: [number for number, block in enumerate(decoder) if isinstance(block[0], ResBlock)],
@@ -38,7 +40,7 @@ def sites_of(model, resnet_blocks: str, attention_blocks: str, node: str) -> tup
     }
     texts = {RESNET: resnet_blocks, ATTENTION: attention_blocks}
     try:
-        chosen = {kind: choose_blocks(kind, texts[kind], available[kind], len(decoder)) for kind in texts}
+        chosen = {kind: choose_blocks(kind, texts[kind], available[kind], levels) for kind in texts}
     except ValueError as error:
         raise ValueError(f"{node}: {error}") from error
     resnets = [Site(RESNET, block) for block in chosen[RESNET]]
