@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
+from benchmarks.edits import BLOCKS
 from scripts.host import PACK
 from tests.helpers import call
 from tests.method_helpers import generator
@@ -60,6 +61,12 @@ def test_stock_nodes_draw_what_the_caption_says(server):
     hits = torch.stack([score.argmax(1) for score in load_classifier()(pictures)], 1) == right
     found = dict(zip(QUESTIONS, hits.float().mean(0).tolist(), strict=True))
     assert found["colour"] >= 0.8 and found["ground"] >= 0.8, found
+
+
+def test_evidence_is_of_what_auto_injects(host_module, demo):
+    sites = host_module.sites_of(demo["model"], "auto", "auto", "test")
+    assert sites == host_module.sites_of(demo["model"], **BLOCKS, node="test")
+    assert [str(site) for site in sites if site.kind == "resnet"] == ["resnet.0.0", "resnet.1.0", "resnet.2.0"]
 
 
 @pytest.mark.parametrize("guided", [False, True])
