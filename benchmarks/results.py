@@ -196,9 +196,8 @@ def edits() -> str:
     lines = []
     for name in (TARGET, SOURCE, *WAYS):
         of_way = edited(name)
-        if of_way:
-            cells = [spread(((key[0], m[what]) for key, m in of_way.items()), n) for what, n in MEASURES.items()]
-            lines.append([name, *(cells if name in WAYS else [*cells[:-1], "-"])])  # nothing was edited
+        cells = [spread(((key[0], m[what]) for key, m in of_way.items()), n) for what, n in MEASURES.items()]
+        lines.append([name, *(cells if name in WAYS else [*cells[:-1], "-"])])  # nothing was edited
     return rows(["", *MEASURES], lines)
 
 
@@ -207,14 +206,14 @@ def edits_compared() -> str:
     check_edited()
     plain, lines = edited(PLAIN), []
     for name in WAYS:
+        if name == PLAIN:
+            continue
         of_way = edited(name)
-        both = [key for key in of_way if key in plain and name != PLAIN]
-        if both:
-            more = {what: [(key[0], of_way[key][what] - plain[key][what]) for key in both] for what in MEASURES}
-            nearer = sum(difference > 0 for _, difference in more["PSNR"])
-            steadier = sum(difference < 0 for _, difference in more["drift"])
-            cells = (spread(more[what], digits) for what, digits in MEASURES.items())
-            lines.append([name, f"{nearer} of {len(both)}", f"{steadier} of {len(both)}", *cells])
+        more = {what: [(key[0], of_way[key][what] - plain[key][what]) for key in plain] for what in MEASURES}
+        nearer = sum(difference > 0 for _, difference in more["PSNR"])
+        steadier = sum(difference < 0 for _, difference in more["drift"])
+        cells = (spread(more[what], digits) for what, digits in MEASURES.items())
+        lines.append([name, f"{nearer} of {len(plain)}", f"{steadier} of {len(plain)}", *cells])
     return rows(["", "nearer", "steadier", *MEASURES], lines)
 
 
@@ -318,9 +317,8 @@ def plot_edits(path: Path) -> None:
     axes = figure.subplots()
     for number, name in enumerate(WAYS):
         some = edited(name).values()
-        if some:
-            means = (mean(measured[what] for measured in some) for what in ("PSNR", "drift"))
-            axes.scatter(*([mean] for mean in means), marker="os^Dvp*"[number // 10], label=name)
+        means = (mean(measured[what] for measured in some) for what in ("PSNR", "drift"))
+        axes.scatter(*([mean] for mean in means), marker="os^Dvp*"[number // 10], label=name)
     axes.set_xlabel("PSNR to what was asked for, in dB (more is nearer)")
     axes.set_ylabel("colour drift along true tracks (less is steadier)")
     axes.legend(fontsize=7, bbox_to_anchor=(1.02, 1), loc="upper left")
