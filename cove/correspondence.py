@@ -218,14 +218,14 @@ def _match(source: Tensor, target: Tensor, window: int, k: int) -> Tensor:
     row_bytes = width * (4 * window * window + 16 * channels)  # similarities, and both frames in double
     rows = max(1, ROWS_BYTES // row_bytes)
     offsets = nearest_first(window, source.device)
-    order = (offsets + window // 2) @ offsets.new_tensor([window, 1])
+    dy, dx = offsets.unbind(1)
+    order, shift = (dy + window // 2) * window + dx + window // 2, dy * width + dx
     matches = []
     for top in range(0, height, rows):
         similarity = _window_similarity(source[top : top + rows], target, top, window).flatten(2)[..., order]
         best = first_best(similarity, k)
         here = torch.arange(top * width, top * width + best.shape[0] * width, device=source.device)
-        moved = offsets[best] @ offsets.new_tensor([width, 1])
-        matches.append((here.view(-1, width, 1) + moved).int())
+        matches.append((here.view(-1, width, 1) + shift[best]).int())
     return torch.cat(matches).flatten(0, 1)
 
 

@@ -1,12 +1,13 @@
 """The method on CUDA tensors that hold no data, on any machine: devices are never mixed, and what would be held.
 
 torch follows devices, shapes and storage through every operation and computes nothing. It is no run on a GPU: kernels
-and their workspace are left out.
+and their workspace are left out. That products of whole numbers have no kernel there is asked for apart.
 """
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cove.attention import correspondence_attention, spatial_temporal_attention
 from cove.correspondence import find_correspondence
@@ -20,10 +21,28 @@ from tests.method_helpers import Held
 FRAMES, GRID, CHANNELS, HEADS = 5, (3, 7), 22, 2
 
 
+PRODUCTS = {getattr(torch.ops.aten, name) for name in ("mm", "mv", "bmm", "dot", "addmm", "addmv", "baddbmm", "convolution")}
+
+
+class NoWholeProducts(TorchDispatchMode):
+    """An error where a GPU has none but floating-point kernels."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation.overloadpacket in PRODUCTS:
+            dtypes = [one.dtype for one in args if isinstance(one, torch.Tensor)]
+            assert all(dtype.is_floating_point for dtype in dtypes), f"{operation} of {dtypes}"
+        return operation(*args, **kwargs or {})
+
+
 @pytest.fixture(autouse=True)
 def without_data():
-    with FakeTensorMode():
+    with FakeTensorMode(), NoWholeProducts():
         yield
+
+
+def test_a_product_of_whole_numbers_is_seen():
+    with pytest.raises(AssertionError, match="mv.*int64"):
+        cuda(3, 2, dtype=torch.int64) @ cuda(2, dtype=torch.int64)
 
 
 def cuda(*shape, dtype=torch.float32):
