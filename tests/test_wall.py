@@ -1,6 +1,7 @@
-"""The method knows nothing of ComfyUI, and needs torch, einops and safetensors only."""
+"""The method knows nothing of ComfyUI and needs torch, einops and safetensors only; what is published is whole."""
 
 import re
+import subprocess
 import sys
 
 import cove
@@ -41,3 +42,11 @@ def test_the_method_needs_torch_einops_and_safetensors_only():
 def test_the_version_is_the_one_that_is_published():
     (published,) = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)
     assert cove.__version__ == published
+
+
+def test_the_published_pack_has_all_that_the_nodes_use():
+    listed = ["git", "ls-files", "--cached", "--ignored", "--exclude-from=.comfyignore"]
+    left_out = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
+    tops = {path.partition("/")[0] for path in left_out}
+    assert {"tests", "docs", "scripts"} <= tops
+    assert not tops & {"__init__.py", "cove", "nodes", "demo", "web", "workflows", "README.md", "pyproject.toml"}
