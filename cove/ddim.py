@@ -29,19 +29,19 @@ def sampling_timesteps(steps: int) -> list[int]:
 def inversion_timesteps(steps: int, sampling_steps: int) -> list[int]:
     """The grid of `steps` as far as sampling with `sampling_steps` starts: for 100 and 50 it is 1, 11, ..., 981.
 
-    ValueError when the finer grid does not pass through the start of the other.
+    ValueError when the finer grid does not pass through all of the other.
     """
-    start = sampling_timesteps(sampling_steps)[-1]
-    grid = sampling_timesteps(steps)
-    if start not in grid:
-        reaching = [n for n in range(1, MOST_STEPS + 1) if start in sampling_timesteps(n)]
-        nearest = sorted(sorted(reaching, key=lambda n: abs(n - steps))[:3])
+    grid, wanted = sampling_timesteps(steps), sampling_timesteps(sampling_steps)
+    missed = sorted(set(wanted) - set(grid))
+    if missed:
+        meeting = [n for n in range(1, MOST_STEPS + 1) if set(wanted) <= set(sampling_timesteps(n))]
+        nearest = sorted(sorted(meeting, key=lambda n: abs(n - steps))[:3])
         raise ValueError(
-            f"{steps} inversion steps (timesteps {_spell(grid)}) never reach timestep {start}, where {sampling_steps} "
-            f"sampling steps begin (timesteps {_spell(sampling_timesteps(sampling_steps))}). "
-            f"Numbers of inversion steps near it that do: {_spell(nearest)}."
+            f"{steps} inversion steps (timesteps {_spell(grid)}) miss {len(missed)} of the timesteps of "
+            f"{sampling_steps} sampling steps ({_spell(wanted)}). "
+            f"Numbers of inversion steps near it that miss none: {_spell(nearest)}."
         )
-    return grid[: grid.index(start) + 1]
+    return grid[: grid.index(wanted[-1]) + 1]
 
 
 def _spell(grid: list[int]) -> str:

@@ -39,7 +39,7 @@ class DDIMInversion(io.ComfyNode):
                     min=1,
                     max=999,
                     tooltip="More steps invert more exactly and take more time. The same as sampling_steps or a "
-                    "multiple of it that ends at the same timestep: 100 for 50, of which 99 are run. The paper uses "
+                    "multiple of it that passes through its timesteps: 100 for 50, of which 99 are run. The paper uses "
                     "100; half as many with one refinement cost the same and lose less.",
                 ),
                 io.Int.Input(

@@ -65,7 +65,9 @@ class ReconstructionCheck(io.ComfyNode):
         for name in [name for name in ("reconstruction", "vae_only") if name in clips]:
             for measure in (metrics.psnr, metrics.ssim):
                 columns[f"{name} {measure.__name__.upper()}"] = measure(clips[name], clips["source"]).tolist()
-        text = f"{text} Lowest PSNR {back[worst]:.1f} dB, frame {worst}.\n\n{report.table(columns)}"
+        against = "the source" if vae_only is None else "what the VAE leaves"
+        text += f" Lowest PSNR {back[worst]:.1f} dB against {against}, frame {worst}. Below, all against the source."
+        text += f"\n\n{report.table(columns)}"
         _host.say(cls, text)
         sheet = torch.cat(list(clips.values()), dim=2)
         return io.NodeOutput(sheet, text, ui=ui.PreviewImage(sheet, cls=cls))

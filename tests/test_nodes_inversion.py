@@ -155,13 +155,13 @@ def test_context_windows_cannot_be_stored(comfy, small, nodes):
 # --- grids ---
 
 
-@pytest.mark.parametrize(("steps", "sampling_steps"), [(100, 3), (6, 4), (4, 8)])
+@pytest.mark.parametrize(("steps", "sampling_steps"), [(100, 3), (6, 4), (34, 30), (4, 8)])
 def test_grids_that_never_meet_are_named_before_the_run(small, nodes, cove, steps, sampling_steps):
     def spelled(n):
         grid = cove.ddim.sampling_timesteps(n)
         return f"{', '.join(map(str, grid if n < 5 else [*grid[:2], '...', grid[-1]]))}"
 
-    grids = (f"{steps} inversion steps (timesteps {spelled(steps)})", f"begin (timesteps {spelled(sampling_steps)})")
+    grids = (f"{steps} inversion steps (timesteps {spelled(steps)})", f"{sampling_steps} sampling steps ({spelled(sampling_steps)})")
     with refused("DDIM Inversion", *grids), watched(small) as calls:
         invert(nodes, small, steps=steps, sampling_steps=sampling_steps)
     assert not calls

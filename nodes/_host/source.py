@@ -121,8 +121,8 @@ def check_meets(inverted: Tensor, sigmas: list[float], node: str) -> None:
         raise ValueError(
             f"{node}: the source is known at the sigmas that the inversion went through, but of the {len(sigmas)} "
             f"wanted it missed {len(missed)}. Inversion: {_spell(inverted[1:].flip(0).tolist())}. Sampling: "
-            f"{_spell(sigmas)}. Set `sampling_steps` of DDIM Inversion to the sampler's steps, its `steps` to a "
-            f"multiple of them, and use the same checkpoint for both."
+            f"{_spell(sigmas)}. Set `sampling_steps` of DDIM Inversion to the sampler's steps, `steps` to the "
+            f"same or to what that node offers, and use the same checkpoint for both."
         )
 
 
