@@ -41,6 +41,14 @@ def test_files_are_small_and_half_precision(path):
         assert {file.get_slice(name).get_dtype() for name in file.keys()} <= {"F16", "I64"}  # noqa: SIM118
 
 
+def test_weights_of_the_autoencoder_can_be_lent_layer_by_layer(demo):
+    """ComfyUI does so where memory is short (--novram), and leaves behind layers that are not its own."""
+    autoencoder = demo["vae"].first_stage_model
+    with_weights = [layer for layer in autoencoder.modules() if next(layer.parameters(recurse=False), None) is not None]
+    assert len(with_weights) > 9 and all(hasattr(layer, "comfy_cast_weights") for layer in with_weights)
+    assert demo["vae"].model_size() == sum(weight.nbytes for weight in autoencoder.parameters())
+
+
 def test_stock_nodes_draw_what_the_caption_says(server):
     """Thing and ground, their colours, by the classifier, which never saw a picture of the model."""
     scenes = [random_scene(generator(70 + number), most=1) for number in range(6)]

@@ -11,6 +11,7 @@ import comfy.latent_formats
 import comfy.model_detection
 import comfy.model_management
 import comfy.model_patcher
+import comfy.ops
 import comfy.sd
 import comfy.sd1_clip
 import comfy.supported_models
@@ -59,12 +60,14 @@ def _model(weights: dict, facts: dict) -> comfy.model_patcher.ModelPatcher:
 def _vae(weights: dict, facts: dict) -> comfy.sd.VAE:
     """ComfyUI's VAE around an autoencoder it does not know: the one without weights, with ours put in."""
     vae = comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
-    autoencoder = Autoencoder(facts["autoencoder"])
+    # The host's layers: where memory is short (--novram), it moves no others.
+    autoencoder = Autoencoder(facts["autoencoder"], comfy.ops.disable_weight_init.Conv2d)
     autoencoder.load_state_dict(_part(weights, VAE))
     vae.first_stage_model = autoencoder.to(vae.vae_dtype).eval().requires_grad_(False)
     vae.patcher = comfy.model_patcher.ModelPatcher(
         vae.first_stage_model, load_device=vae.device, offload_device=comfy.model_management.vae_offload_device()
     )
+    vae.size = None  # to be counted again
     vae.downscale_ratio = vae.upscale_ratio = PATCH
     vae.latent_channels = LATENTS
     # The decoder's widest layer: as many values a pixel as a quarter of its channels, and a few of them at a time.
