@@ -132,10 +132,11 @@ def test_number_of_tokens_changed_by_a_node_that_nobody_knows(comfy, sd15, guide
     dropping.set_model_attn1_patch(lambda query, key, value, options: (query[:, 1:], key, value))
     with refused(ATTENTION, "expected a grid of 5x7 tokens, got 34 tokens", "take it off"):
         predict(dropping, latents(), prompt(1))
-    shrunk = extra("nodes_model_downscale", "PatchModelAddDownscale")
-    shrunk = applied(shrunk, guide(sd15), 1, 2.0, 0.0, 1.0, False, "bicubic", "bicubic")
-    with refused(ATTENTION, "expected a grid of 5x7 tokens, got 2x4", "Deep Shrink", "take it off"):
-        predict(shrunk, latents(), prompt(1))
+    shrink = extra("nodes_model_downscale", "PatchModelAddDownscale")
+    for block, after_skip, got in ((1, False, "1x2"), (2, True, "2x2")):  # all, or coarser grids only
+        shrunk = applied(shrink, guide(sd15), block, 2.0, 0.0, 1.0, after_skip, "bicubic", "bicubic")
+        with refused(ATTENTION, f"expected a grid of 3x4 tokens, got {got}", "Deep Shrink", "take it off"):
+            predict(shrunk, latents(), prompt(1))
 
 
 def test_batch_cut_by_another_node(sd15, guide):
@@ -209,7 +210,12 @@ def test_hints_for_each_frame_in_context_windows(comfy, sd15, guide, control, in
 
 
 def test_grids_that_do_not_meet(sd15, load, nodes, invert, sample):
-    wrong = ("3 inversion steps (timesteps 1, 334, 667)", "miss 1 of the", "2 sampling steps (1, 501)", "miss none: 2, 4")
+    wrong = (
+        "3 inversion steps (timesteps 1, 334, 667)",
+        "miss 1 of the",
+        "2 sampling steps (1, 501)",
+        "miss none: 2, 4",
+    )
     with refused("DDIM Inversion", *wrong):
         invert(sd15, steps=3, sampling_steps=2)
     noise = invert(sd15, steps=2, sampling_steps=2)

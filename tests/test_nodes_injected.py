@@ -117,6 +117,24 @@ def test_a_model_with_injection_is_for_sampling_only(small, nodes):
         call(nodes["DiffusionFeatures"], model=model, latent=latents())
 
 
+@pytest.mark.parametrize("compiled_first", [True, False])
+def test_a_compiled_model(comfy, small, nodes, compiled_first):
+    """What is compiled does not see the hooks that come after it, and says nothing."""
+    from comfy_extras.nodes_torch_compile import TorchCompileModel
+
+    def compiled(model):
+        return TorchCompileModel.execute(model, "inductor").args[0]
+
+    wrong = ("compiled model", "Take TorchCompileModel off")
+    noise, inversion = invert(nodes, small, steps=2, sampling_steps=2)
+    model = inject(nodes, compiled(small), inversion) if compiled_first else compiled(inject(nodes, small, inversion))
+    with refused("Feature Injection", *wrong), watched(small) as calls:
+        sample(nodes, model, noise, steps=2)
+    with refused("DDIM Inversion", *wrong):
+        invert(nodes, compiled(small), storage="memory", **ALL)
+    assert not calls
+
+
 def test_an_inversion_of_another_checkpoint(small, nodes):
     _, inversion = invert(nodes, tiny(seed=1), steps=1)
     with refused("Feature Injection", "another checkpoint", "Load the checkpoint as it was then"):
@@ -124,26 +142,22 @@ def test_an_inversion_of_another_checkpoint(small, nodes):
 
 
 def test_grids_that_do_not_meet_are_named_before_the_run(small, nodes):
-    # Timesteps 1, 31, 61, ..., 751 begin where 4 steps do, and miss 251 and 501.
-    noise, inversion = invert(nodes, small, steps=33, sampling_steps=4)
+    # Timesteps 1, 91, ..., 901 begin and end where 10 steps do, and miss 101, 201, ..., 801.
+    noise, inversion = invert(nodes, small, steps=11, sampling_steps=11)
     model = inject(nodes, small, inversion, **ALL)
-    sigmas = [f"{sigma:.4g}" for sigma in small.get_model_object("model_sampling").sigmas[[751, 501, 251, 1]].tolist()]
+    all_sigmas = small.get_model_object("model_sampling").sigmas
+    first, last = ([f"{sigma:.4g}" for sigma in all_sigmas[at].tolist()] for at in ([901, 801, 701], [101, 1]))
     named = (
-        "of the 4 wanted it missed 2",
-        "Inversion: 26 steps, sigma ",
-        f"Sampling: 4 steps, sigma {', '.join(sigmas)}",
+        "of the 10 wanted it missed 8",
+        "Inversion: 11 steps, sigma ",
+        f"Sampling: 10 steps, sigma {', '.join([*first, '...', *last])}",
     )
     with refused("Feature Injection", *named, "`sampling_steps`"), watched(small) as calls:
-        sample(nodes, model, noise, steps=4)
+        sample(nodes, model, noise, steps=10)
     assert not calls
     # The first step alone is shared.
     first = inject(nodes, small, inversion, resnet_steps=1, attention_steps=1, **ALL)
-    assert sample(nodes, first, noise, steps=4).isfinite().all()
-    # Storing for steps that the inversion never makes is refused before it runs.
-    named = ("of the 4 wanted it missed 2", "Inversion: 26 steps", "Sampling: 4 steps")
-    with refused("DDIM Inversion", *named), watched(small) as calls:
-        invert(nodes, small, steps=33, sampling_steps=4, storage="memory", **ALL)
-    assert not calls
+    assert sample(nodes, first, noise, steps=10).isfinite().all()
 
 
 def test_latents_of_another_clip(small, nodes):

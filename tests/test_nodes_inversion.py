@@ -161,7 +161,10 @@ def test_grids_that_never_meet_are_named_before_the_run(small, nodes, cove, step
         grid = cove.ddim.sampling_timesteps(n)
         return f"{', '.join(map(str, grid if n < 5 else [*grid[:2], '...', grid[-1]]))}"
 
-    grids = (f"{steps} inversion steps (timesteps {spelled(steps)})", f"{sampling_steps} sampling steps ({spelled(sampling_steps)})")
+    grids = (
+        f"{steps} inversion steps (timesteps {spelled(steps)})",
+        f"{sampling_steps} sampling steps ({spelled(sampling_steps)})",
+    )
     with refused("DDIM Inversion", *grids), watched(small) as calls:
         invert(nodes, small, steps=steps, sampling_steps=sampling_steps)
     assert not calls

@@ -96,7 +96,11 @@ def test_what_the_vae_loses_is_told_apart(small, nodes):
     vae_only = loss(source, 0, 20.0)
     back = loss(vae_only, 0, 35.0)
     sheet, report = call(nodes["ReconstructionCheck"], source=source, reconstruction=back, vae_only=vae_only)
-    assert report.startswith("Good") and "The VAE alone loses much" in report and "Lowest PSNR 35.0 dB against what the VAE" in report
+    assert (
+        report.startswith("Good")
+        and "The VAE alone loses much" in report
+        and "Lowest PSNR 35.0 dB against what the VAE" in report
+    )
     head, first, *_ = report.split("\n\n")[1].splitlines()
     assert head.split("  ") == ["frame", "reconstruction PSNR", "reconstruction SSIM", "vae_only PSNR", "vae_only SSIM"]
     assert first.split()[3] == "20.0" and float(first.split()[1]) < 20

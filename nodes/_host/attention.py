@@ -46,6 +46,10 @@ class GuidedSelfAttention:
         grid = tuple(options["activations_shape"][2:])
         if query.shape[1] != math.prod(grid):
             raise _other_tokens(f"{query.shape[1]} tokens", grid)
+        area = area_of(options, options["uuids"][0])  # what runs together has areas of one size
+        expected = grid_at(latent_size(options) if area is None else area[:2], self.level)
+        if grid != expected:
+            raise _other_tokens(f"{grid[0]}x{grid[1]}", expected)
         if not self.sigma_end <= float(options["sigmas"][0]) <= self.sigma_start:
             return attend(query, key, value, heads)
 
@@ -82,10 +86,7 @@ class GuidedSelfAttention:
 
     def _of_area(self, area: tuple[int, ...] | None, grid: tuple[int, int]) -> Correspondence:
         """The correspondence on the part of the picture that a conditioning with an area is run on."""
-        whole = (self.correspondence.height, self.correspondence.width)
         if area is None:
-            if grid != whole:
-                raise _other_tokens(f"{grid[0]}x{grid[1]}", whole)
             return self.correspondence
         return self.correspondence.crop(area[2] >> self.level, area[3] >> self.level, *grid)
 

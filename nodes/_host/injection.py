@@ -17,6 +17,7 @@ from torch import Tensor
 from ...cove.injection import ATTENTION, RESNET, Site, choose_blocks, put_back
 from ...cove.inversion import Inversion
 from .model import block_levels, grid_at, transformers_of, unet_of
+from .sampling import check_not_compiled
 from .source import FEATURES, RUNNING, SourceBranch, check_meets, check_one_prompt, options_with
 from .told import area_of, latent_size, tell_areas, window_of
 
@@ -243,6 +244,7 @@ def inject(
 def _check_run(injection: _Injection, executor, noise: Tensor, latent_image, sampler, sigmas: Tensor, *args, **kwargs):
     """Before a run: are these the clip and the grid of the inversion?"""
     source = injection.source
+    check_not_compiled(executor.class_obj.model_patcher, source.node)
     source.check_clip(noise)
     wanted = [sigma for sigma in map(float, sigmas[:-1]) if injection.names_at(sigma, sigmas)]
     check_meets(source.inversion.sigmas, wanted, source.node)

@@ -25,8 +25,7 @@ from ...cove.injection import Site
 from ...cove.inversion import Inversion, UnfinishedInversion, on_disk, step_at
 from . import injection, sampling
 from .files import saving
-from .sampling import GRID_KEY, preview, run
-from .source import check_meets
+from .sampling import GRID_KEY, check_not_compiled, preview, run
 
 RECOMPUTE, MEMORY, DISK = "recompute", "memory", "disk"
 STORAGES = (RECOMPUTE, MEMORY, DISK)
@@ -180,6 +179,7 @@ def plan_storage(
         return Storage(kind), f"storage: {latents} of latents; features are computed again ({size} if stored)"
     if not sites or not count:
         raise ValueError(f"{node}: nothing to store: no blocks were named, or no steps. Set `storage` to {RECOMPUTE}.")
+    check_not_compiled(model, node)
     if model.model_options.get("context_handler") is not None:
         raise ValueError(
             f"{node}: features cannot be stored with context windows, where a frame is seen several times. Set "
@@ -190,7 +190,6 @@ def plan_storage(
             f"{node}: a node on this model asks for the negative prompt at cfg 1, too, so features of one prompt "
             f"cannot be stored. Take it off for the inversion, or set `storage` to {RECOMPUTE}."
         )
-    check_meets(sigmas, kept_sigmas.tolist(), node)
     if kind == MEMORY:
         free, place = comfy.model_management.get_free_memory(torch.device("cpu")), "of memory"
     else:

@@ -14,6 +14,7 @@ import comfy.sample
 import comfy.samplers
 import latent_preview
 import torch
+from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from torch import Tensor
 
 GRID_KEY = "cove_sigmas"
@@ -117,6 +118,14 @@ def check_without(model, key: str, other: str, node: str) -> None:
     """An error when MODEL has been through the node `other`, which leaves a wrapper under `key`."""
     if model.get_wrappers(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, key):
         raise ValueError(f"{node}: expected a model without {other}, got one with it. Connect the one before it.")
+
+
+def check_not_compiled(model, node: str) -> None:
+    """An error when the UNet of MODEL is compiled: compiled code does not call hooks that come after it."""
+    if model.get_wrappers(comfy.patcher_extension.WrappersMP.APPLY_MODEL, COMPILE_KEY):
+        raise ValueError(
+            f"{node}: features cannot be taken from a compiled model, nor put back. Take TorchCompileModel off it."
+        )
 
 
 def say(node, text: str, level: int = logging.INFO) -> None:
