@@ -10,7 +10,6 @@ with and without guided attention are timed and their peak memory taken, in turn
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import subprocess
 import sys
@@ -100,7 +99,7 @@ def main() -> None:
     width, height = map(int, arguments.size.split("x"))
 
     from benchmarks.memory import working_memory
-    from benchmarks.records import FOLDER, Records
+    from benchmarks.records import FOLDER, Records, machine
     from scripts.host import provide_host
 
     if arguments.variant:
@@ -109,13 +108,10 @@ def main() -> None:
         print(*seconds, memory)
         return
 
-    import torch
-
     prove_equality()
     records = Records(FOLDER / "attention_cost.jsonl")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     print(
-        f"{device} ({platform.machine()}), torch {torch.__version__}, float32, {arguments.frames} frames of "
+        f"{machine()}, float32, {arguments.frames} frames of "
         f"{arguments.size}, cond and uncond together; median of {arguments.repeats}, first step of a fresh process"
     )
     # In turn, so that a drifting machine hits all alike.

@@ -10,7 +10,6 @@ direction, 2 * (frames - 1) * height * width * window^2 * channels, as the paper
 from __future__ import annotations
 
 import argparse
-import platform
 import subprocess
 import sys
 import time
@@ -22,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from benchmarks.memory import working_memory  # noqa: E402
-from benchmarks.records import FOLDER, Records  # noqa: E402
+from benchmarks.records import FOLDER, Records, machine  # noqa: E402
 from cove import correspondence, reference  # noqa: E402
 
 
@@ -67,9 +66,8 @@ def main() -> None:
         return
     prove_equality()
     records = Records(FOLDER / "correspondence_cost.jsonl")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     print(
-        f"{device} ({platform.machine()}), torch {torch.__version__}, {arguments.frames} frames of {height}x{width} "
+        f"{machine()}, {arguments.frames} frames of {height}x{width} "
         f"tokens, {arguments.channels} channels, float32, k = 3, both directions"
     )
     print(f"{'window':>8}{'operations':>14}{'time':>10}{'memory':>12}")

@@ -10,7 +10,6 @@ against one another. The working memory with `disk` counts pages of the file tha
 from __future__ import annotations
 
 import argparse
-import platform
 import subprocess
 import sys
 import tempfile
@@ -35,7 +34,6 @@ def run(variant: str, frames: int, width: int, height: int, latents: Path) -> No
     from benchmarks.memory import working_memory
     from benchmarks.model import load
     from cove.correspondence import find_correspondence
-    from cove.ddim import sampling_timesteps
 
     model, _host = load(host)
     nodes = {node.__name__: node for file in sys.modules["pack.nodes"].FILES for node in file.NODES}
@@ -50,7 +48,7 @@ def run(variant: str, frames: int, width: int, height: int, latents: Path) -> No
         start = time.perf_counter()
         noise, inversion = (
             nodes["DDIMInversion"]
-            .execute(*(model, source, latent, len(sampling_timesteps(STEPS)), STEPS, 1, storage, STEPS, "auto", "auto"))
+            .execute(*(model, source, latent, STEPS, STEPS, 1, storage, STEPS, "auto", "auto"))
             .args
         )
         inverting = (time.perf_counter() - start) / STEPS
@@ -84,14 +82,10 @@ def main() -> None:
 
     import torch
 
-    from benchmarks.records import FOLDER, Records
+    from benchmarks.records import FOLDER, Records, machine
 
     records = Records(FOLDER / "injection_cost.jsonl")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    print(
-        f"{device} ({platform.machine()}), torch {torch.__version__}, float32, {arguments.frames} frames of "
-        f"{arguments.size}, {STEPS} steps, 1 refinement"
-    )
+    print(f"{machine()}, float32, {arguments.frames} frames of {arguments.size}, {STEPS} steps, 1 refinement")
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for variant in VARIANTS:

@@ -97,8 +97,12 @@ def correspondence_attention(
     if memory_budget is None:
         memory_budget = CPU_BUDGET if tokens.device.type == "cpu" else GPU_BUDGET
     chunk = max(1, memory_budget // _bytes_per_token(members, channels, heads, removed, tokens.element_size()))
-    for i in range(frames):
-        matches = _member_rows(correspondence, frame_indices, i, include_self, tokens.device)[:, order]
+    ascending = sorted(range(frames), key=frame_indices.__getitem__)
+    # Copied once for all frames: a GPU is waited for at each copy.
+    first_rows = count * torch.tensor(ascending, device=tokens.device)[:, None]
+    for place, i in enumerate(ascending):
+        matches = _member_rows(correspondence, [frame_indices[j] for j in ascending], place, include_self, first_rows)
+        matches = matches[:, order]
         for b in range(batch):
             for query, some, out in zip(*(x.split(chunk) for x in (tokens[b, i], matches, result[b, i])), strict=True):
                 members_of = flat[b][some]
@@ -109,23 +113,23 @@ def correspondence_attention(
 
 
 def _member_rows(
-    correspondence: Correspondence, frame_indices: Sequence[int], i: int, include_self: bool, device: torch.device
+    correspondence: Correspondence, clip_frames: Sequence[int], place: int, include_self: bool, first_rows: Tensor
 ) -> Tensor:
-    """The set of every token of the i-th frame as rows of [frames*height*width, channels]: Eq. 11.
+    """The set of every token of one frame as rows of [frames*height*width, channels]: Eq. 11.
+
+    Args:
+        clip_frames: the frames of the clip that the tokens are, ascending.
+        place: which of them.
+        first_rows: where the tokens of each of them begin, int64 [frames, 1].
 
     Returns:
         Frames ascending in the clip, best match first, int64 [height*width, members].
     """
-    count = correspondence.height * correspondence.width
-    ascending = sorted(range(len(frame_indices)), key=lambda j: frame_indices[j])
-    others = [j for j in ascending if j != i]
-    matches = correspondence.follow(frame_indices[i], [frame_indices[j] for j in others]).to(device)
-    matches += count * torch.tensor(others, dtype=torch.int64, device=device)[:, None]
-    if not include_self:
-        return matches.flatten(1)
-    earlier = ascending.index(i)
-    own = torch.arange(count * i, count * (i + 1), device=device)[:, None]
-    return torch.cat((matches[:, :earlier].flatten(1), own, matches[:, earlier:].flatten(1)), dim=1)
+    others = [*clip_frames[:place], *clip_frames[place + 1 :]]
+    matches = correspondence.follow(clip_frames[place], others).to(first_rows.device)
+    earlier, later = matches[:, :place] + first_rows[:place], matches[:, place:] + first_rows[place + 1 :]
+    own = [torch.arange(len(matches), device=matches.device)[:, None] + first_rows[place]] if include_self else []
+    return torch.cat((earlier.flatten(1), *own, later.flatten(1)), dim=1)
 
 
 def _merged(members: Tensor, inverse_norm: Tensor, removed: int) -> Tensor:

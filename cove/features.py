@@ -1,7 +1,7 @@
 """What a diffusion feature is: the noise level, the average over draws, the token grid, the picture.
 
 COVE (arXiv 2406.08850), section 3.2, Eq. 4; DIFT (arXiv 2306.03881). Where in a UNet the feature is taken is the
-host's business (`nodes/_host.py`).
+host's business (`nodes/_host/model.py`).
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Bytes of similarities that are held at a time.
-ROWS_BYTES = 4 << 20
+# Bytes of similarities that are held at a time: on a CPU what stays in its cache, elsewhere what keeps a GPU busy.
+CPU_BUDGET, GPU_BUDGET = 4 << 20, 256 << 20
 
 
 class Between(NamedTuple):
@@ -83,7 +83,7 @@ def between_keyframes(frames: int, keyframes: Sequence[int], blend_keyframes: bo
 
 
 def nearest_tokens(
-    tokens: Tensor, keyframes: Sequence[int], between: Sequence[Between], memory_budget: int = ROWS_BYTES
+    tokens: Tensor, keyframes: Sequence[int], between: Sequence[Between], memory_budget: int | None = None
 ) -> Tensor:
     """For every token of the source, the most similar token in the keyframes around its frame. Eq. 4.
 
@@ -94,7 +94,8 @@ def nearest_tokens(
         tokens: of the source, [frames, tokens, channels], any float dtype; compared in float32.
         keyframes: which frames are keyframes.
         between: of each frame, from `between_keyframes`.
-        memory_budget: bytes of similarities held at a time; one row at least.
+        memory_budget: bytes of similarities held at a time, one row at least; by default 4 MiB on a CPU and 256 MiB
+            elsewhere.
 
     Returns:
         Tokens in the past and in the future keyframe, int32 [frames, 2, tokens].
@@ -102,6 +103,8 @@ def nearest_tokens(
     if tokens.ndim != 3 or len(tokens) != len(between):
         raise ValueError(f"tokens must be [{len(between)} frames, tokens, channels], got {list(tokens.shape)}")
     count = tokens.shape[1]
+    if memory_budget is None:
+        memory_budget = CPU_BUDGET if tokens.device.type == "cpu" else GPU_BUDGET
     rows = max(1, memory_budget // (4 * count))
     keys = F.normalize(tokens[list(keyframes)].float(), dim=-1).transpose(1, 2)
     own = torch.arange(count, device=tokens.device)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-import av
 import numpy as np
+import torch
+
+from cove.frames import write_frames
 
 MARGIN = 1.5  # pixels over which a shape's border fades, so that motion below a pixel shows
 
@@ -25,20 +26,13 @@ def render_clip(path: str | Path, frames: int = 9, width: int = 256, height: int
         raise ValueError(f"a clip needs frames and an even size of 16 or more, got {frames} of {width}x{height}")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.stem}.{os.getpid()}.part.mp4")
-    with av.open(str(unfinished), "w") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": "12"})
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for index in range(frames):
-            picture = av.VideoFrame.from_ndarray(_frame(index / 12, width, height), format="rgb24")
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode())
-    os.replace(unfinished, path)
+    clip = np.stack([_frame(index / 12, width, height) for index in range(frames)])
+    write_frames(path, torch.from_numpy(clip).float(), fps)
     return path
 
 
 def _frame(time: float, width: int, height: int) -> np.ndarray:
-    """The scene at `time` seconds, [height, width, 3] uint8. Lengths are in units of the height."""
+    """The scene at `time` seconds, [height, width, 3] from 0 to 1. Lengths are in units of the height."""
     y, x = np.mgrid[0:height, 0:width] / height + 0.5 / height
     aspect = width / height
 
@@ -63,7 +57,7 @@ def _frame(time: float, width: int, height: int) -> np.ndarray:
     light = 1.05 - 0.5 * np.hypot(u + 0.06, v + 0.06) / radius
     ball = np.hypot(u, v) - radius
     paint(ball, np.stack([0.90 * light, (0.15 + 0.55 * stripes) * light, 0.18 * light], -1))
-    return (np.clip(picture, 0, 1) * 255).round().astype(np.uint8)
+    return np.clip(picture, 0, 1)
 
 
 def _texture(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from scripts.host import PACK, Server, lay_out, provide_host
-from scripts.random_models import FAMILIES, write_checkpoint, write_controlnet
 from tests.helpers import state_of
 from tests.inversion_helpers import tiny
+from tests.random_models import FAMILIES, write_checkpoint, write_controlnet
 
 
 @pytest.fixture(scope="session")
@@ -122,7 +122,7 @@ def cove(pack):
 
 @pytest.fixture
 def host_module(pack):
-    """The pack's `nodes/_host.py`."""
+    """The pack's `nodes/_host`."""
     return importlib.import_module(f"{pack.__name__}.nodes._host")
 
 

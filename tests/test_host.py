@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from scripts.clip import render_clip
 from scripts.host import PACK, PromptFailed, Server, find_host, link_pack
-from scripts.random_models import FAMILIES, write_checkpoint
+from tests.random_models import FAMILIES, write_checkpoint
 
 
 def text_to_image(checkpoint: str, width: int = 64, height: int = 40) -> dict:

@@ -12,7 +12,7 @@ from tests.inversion_helpers import ALL, SITES, edited_at, guide, inject, invert
 
 
 def run_fingerprint(host_module, model, conditioning=None):
-    return host_module.inversion._run_fingerprint(
+    return host_module.identity.run_fingerprint(
         model, conditioning or prompt(1), latents()["samples"], torch.tensor([0.0, 1.0]), 1
     )
 

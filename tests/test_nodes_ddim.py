@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from scripts.random_models import FAMILIES
 from tests.helpers import FRAMES, HEIGHT, WIDTH, call, hints, latents, predict, prompt, state_of
+from tests.random_models import FAMILIES
 
 
 @pytest.fixture

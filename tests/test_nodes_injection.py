@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from scripts.random_models import FAMILIES
 from tests.helpers import FRAMES, HEIGHT, WIDTH, latents, prompt, state_of
 from tests.inversion_helpers import (
     ALL,
@@ -23,6 +22,7 @@ from tests.inversion_helpers import (
     watched,
     windows_of,
 )
+from tests.random_models import FAMILIES
 
 # --- what is put back is what was there ---
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from scripts.random_models import FAMILIES
 from tests.helpers import HEIGHT, WIDTH, latents, prompt, state_of
 from tests.inversion_helpers import (
     ALL,
@@ -26,6 +25,7 @@ from tests.inversion_helpers import (
     watched,
     windows_of,
 )
+from tests.random_models import FAMILIES
 
 LONG = 7  # frames, where there are to be some between two keyframes
 

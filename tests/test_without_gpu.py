@@ -80,6 +80,30 @@ def test_guided_attention(dtype, refined, matched_on):
     assert merge_tokens(tokens, 0.5)[0].device.type == "cuda"
 
 
+class Copies(TorchDispatchMode):
+    """Counts what goes from the CPU to the GPU: each copy waits for all that was asked of the GPU before."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **kwargs or {})
+        if isinstance(result, torch.Tensor) and result.device.type == "cuda":
+            self.count += any(isinstance(one, torch.Tensor) and one.device.type == "cpu" for one in args)
+        return result
+
+
+def test_guided_attention_copies_no_more_often_with_more_frames():
+    counts = []
+    for frames in (2, 7):
+        matches = find_correspondence(torch.empty(frames, *GRID, CHANNELS), 5, 3)
+        with Copies() as copies:
+            correspondence_attention(cuda(1, frames, GRID[0] * GRID[1], CHANNELS), matches, HEADS)
+        counts.append(copies.count)
+    assert 0 < counts[0] == counts[1]
+
+
 def test_tokenflow():
     keyframes, between = [1, 3], between_keyframes(FRAMES, [1, 3])
     tokens = cuda(FRAMES, 21, CHANNELS, dtype=torch.float16)

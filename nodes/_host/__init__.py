@@ -9,16 +9,10 @@ from .attention import GuidedSelfAttention, guide_self_attention
 from .clip import check_same_space, image_embeddings, text_embedding
 from .demo import load_demo
 from .files import check_space, is_there, path_of, place_to_save, saved_files, saving, state_of
+from .identity import check_fits, conditioning_of
 from .injection import KEY as INJECTION_KEY
 from .injection import inject, sites_of
-from .inversion import (
-    RECOMPUTE,
-    STORAGES,
-    check_fits,
-    conditioning_of,
-    invert,
-    plan_storage,
-)
+from .inversion import RECOMPUTE, STORAGES, invert, plan_storage
 from .model import captured, decoder_level_end, grid_at, self_attention_levels, sigmas_at, unet_of
 from .sampling import (
     GRID_KEY,

@@ -124,6 +124,7 @@ class Giving:
                 f"Another node changes them (ToMe, HyperTile, Deep Shrink or the like); take it off this model."
             )
         rows = 1 if site.kind == ATTENTION else 2  # the axis of the height, channels last or first
+        features = features.to(value.device)  # once for all conditionings
         grid = features.unflatten(1, whole) if site.kind == ATTENTION else features
         chunks = []
         for chunk, uuid in zip(value.chunk(len(options["uuids"])), options["uuids"], strict=True):

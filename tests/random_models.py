@@ -1,6 +1,6 @@
 """Small random checkpoints and ControlNets that ComfyUI's stock loaders take for the real thing.
 
-They know nothing about pictures: nobody trained them. They exist so that tests and a first run need no download.
+They know nothing about pictures: nobody trained them. They exist so that tests need no download.
 Text encoders are complete (ComfyUI leaves missing weights uninitialised), the UNet is the family's with fewer and
 shallower levels, the autoencoder is TAESD with hand-set weights that shrinks and enlarges pictures.
 
@@ -10,14 +10,14 @@ writes the storage only: 350 million parameters become a file of a few MiB. In m
 
 from __future__ import annotations
 
-import argparse
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from cove.files import whole_file
 
 
 @dataclass(frozen=True)
@@ -373,16 +373,6 @@ def _family(kind: str, kinds) -> Family:
 def _save(tensors: dict[str, Tensor], path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
-    torch.save({"state_dict": tensors}, unfinished)
-    os.replace(unfinished, path)
+    with whole_file(path) as temporary:
+        torch.save({"state_dict": tensors}, temporary)
     return path
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=write_checkpoint.__doc__.splitlines()[0])
-    parser.add_argument("kind", choices=FAMILIES)
-    parser.add_argument("path", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    print(write_checkpoint(arguments.path, arguments.kind, arguments.seed))
