@@ -17,7 +17,7 @@ from ...cove.correspondence import Correspondence
 from .attend import attend_with
 from .model import Block, grid_at, self_attention_levels, unet_of
 from .sampling import check_hints
-from .told import KEY, area_of, latent_size, tell_areas, window_of
+from .told import KEY, area_of, latent_size, sigma_of, tell_areas, window_of
 
 # Core nodes that change how many tokens self-attention sees, by the file they stand in.
 TOKEN_CHANGERS = {"nodes_tomesd": "Patch ToMe", "nodes_hypertile": "HyperTile"}
@@ -50,7 +50,7 @@ class GuidedSelfAttention:
         expected = grid_at(latent_size(options) if area is None else area[:2], self.level)
         if grid != expected:
             raise _other_tokens(f"{grid[0]}x{grid[1]}", expected)
-        if not self.sigma_end <= float(options["sigmas"][0]) <= self.sigma_start:
+        if not self.sigma_end <= sigma_of(options) <= self.sigma_start:
             return attend(query, key, value, heads)
 
         conds = len(options["cond_or_uncond"])

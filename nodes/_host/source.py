@@ -96,7 +96,7 @@ class SourceBranch:
         # Windows are cut outside of this wrapper or inside of it, by when which node was applied.
         guess = (guess if len(x_in) == len(guess) else guess[window_of(model_options["transformer_options"])]).to(x_in)
         # Nothing of what is done to the edit is done to the source.
-        told = {FEATURES: None, ATTENTION: None, RUNNING: True, TOLD: told_of(prompt, guess), **told}
+        told = {FEATURES: None, ATTENTION: None, RUNNING: True, TOLD: told_of(prompt, guess, timestep), **told}
         executor(model, prompt, guess, timestep, options_with(model_options, **told))
 
 

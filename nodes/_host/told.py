@@ -1,4 +1,4 @@
-"""What a patch inside the UNet is told of the run around it: the frames in the batch, the areas of conditionings."""
+"""What a patch inside the UNet is told of the run around it: sigma, the frames in the batch, areas of conditionings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def window_of(options: dict[str, Any]) -> list[int] | None:
 
 
 def tell_areas(model) -> None:
-    """Have what is run with this clone of MODEL tell its blocks the size of the whole latents and the areas."""
+    """Have what is run with this clone of MODEL tell its blocks sigma, the size of the whole latents and the areas."""
     wrappers = comfy.patcher_extension.WrappersMP
     if not model.get_wrappers(wrappers.CALC_COND_BATCH, KEY):
         model.add_wrapper_with_key(wrappers.CALC_COND_BATCH, KEY, _tell_areas)
@@ -35,8 +35,13 @@ def latent_size(options: dict[str, Any]) -> tuple[int, int]:
     return options[KEY]["latent_size"]
 
 
-def told_of(conds, x_in: Tensor) -> dict[str, Any]:
-    """What the blocks are told when these conditionings run on `x_in`."""
+def sigma_of(options: dict[str, Any]) -> float:
+    """The noise level. Read from a tensor, it would keep a GPU waiting in every block."""
+    return options[KEY]["sigma"]
+
+
+def told_of(conds, x_in: Tensor, timestep: Tensor) -> dict[str, Any]:
+    """What the blocks are told when these conditionings run on `x_in` at `timestep`, which is sigma."""
     size = tuple(x_in.shape[-2:])
 
     def inside(height: int, width: int, top: int, left: int) -> tuple[int, int, int, int]:
@@ -44,9 +49,9 @@ def told_of(conds, x_in: Tensor) -> dict[str, Any]:
         return min(height, size[0] - top), min(width, size[1] - left), top, left
 
     areas = {cond["uuid"]: inside(*cond["area"]) for some in conds for cond in some or [] if "area" in cond}
-    return {"latent_size": size, "areas": areas}
+    return {"latent_size": size, "areas": areas, "sigma": float(timestep[0])}
 
 
 def _tell_areas(executor, model, conds, x_in: Tensor, timestep: Tensor, model_options: dict[str, Any]):
-    options = {**model_options.get("transformer_options", {}), KEY: told_of(conds, x_in)}
+    options = {**model_options.get("transformer_options", {}), KEY: told_of(conds, x_in, timestep)}
     return executor(model, conds, x_in, timestep, {**model_options, "transformer_options": options})
