@@ -212,11 +212,13 @@ def edits_compared() -> str:
             continue
         of_way = edited(name)
         more = {what: [(key[0], of_way[key][what] - plain[key][what]) for key in plain] for what in MEASURES}
-        nearer = sum(difference > 0 for _, difference in more["PSNR"])
-        steadier = sum(difference < 0 for _, difference in more["drift"])
+        better = (
+            sum(difference * sign > 0 for _, difference in more[what])
+            for what, sign in (("PSNR", 1), ("drift", -1), ("warping error", -1))
+        )
         cells = (spread(more[what], digits) for what, digits in MEASURES.items())
-        lines.append([name, f"{nearer} of {len(plain)}", f"{steadier} of {len(plain)}", *cells])
-    return rows(["", "nearer", "steadier", *MEASURES], lines)
+        lines.append([name, *(f"{clips} of {len(plain)}" for clips in better), *cells])
+    return rows(["", "nearer", "steadier", "smoother", *MEASURES], lines)
 
 
 def reconstruction() -> str:
@@ -311,13 +313,13 @@ def plot_matches(path: Path) -> None:
 
 
 def plot_edits(path: Path) -> None:
-    """How near an edit comes to what was asked for, against how steady it is."""
+    """How near an edit comes to what was asked for, against how steady it is; without injection, both are far off."""
     from matplotlib.figure import Figure
 
     check_edited()
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for number, name in enumerate(WAYS):
+    for number, name in enumerate(name for name, way in WAYS.items() if way.injection):
         some = edited(name).values()
         means = (mean(measured[what] for measured in some) for what in ("PSNR", "drift"))
         axes.scatter(*([mean] for mean in means), marker="os^Dvp*"[number // 10], label=name)
