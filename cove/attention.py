@@ -101,8 +101,7 @@ def correspondence_attention(
     # Copied once for all frames: a GPU is waited for at each copy.
     first_rows = count * torch.tensor(ascending, device=tokens.device)[:, None]
     for place, i in enumerate(ascending):
-        matches = _member_rows(correspondence, [frame_indices[j] for j in ascending], place, include_self, first_rows)
-        matches = matches[:, order]
+        matches = _member_rows(correspondence, sorted(frame_indices), place, include_self, first_rows)[:, order]
         for b in range(batch):
             for query, some, out in zip(*(x.split(chunk) for x in (tokens[b, i], matches, result[b, i])), strict=True):
                 members_of = flat[b][some]

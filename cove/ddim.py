@@ -32,7 +32,7 @@ def inversion_timesteps(steps: int, sampling_steps: int) -> list[int]:
     ValueError when the finer grid does not pass through all of the other.
     """
     grid, wanted = sampling_timesteps(steps), sampling_timesteps(sampling_steps)
-    missed = sorted(set(wanted) - set(grid))
+    missed = set(wanted) - set(grid)
     if missed:
         meeting = [n for n in range(1, MOST_STEPS + 1) if set(wanted) <= set(sampling_timesteps(n))]
         nearest = sorted(sorted(meeting, key=lambda n: abs(n - steps))[:3])
