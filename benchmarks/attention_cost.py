@@ -110,19 +110,28 @@ def main() -> None:
 
     prove_equality()
     records = Records(FOLDER / "attention_cost.jsonl")
+
+    def case_of(name: str, run: int) -> dict:
+        return {"frames": arguments.frames, "size": arguments.size, "attention": name, "run": run}
+
     print(
         f"{machine()}, float32, {arguments.frames} frames of "
         f"{arguments.size}, cond and uncond together; median of {arguments.repeats}, first step of a fresh process"
     )
-    # In turn, so that a drifting machine hits all alike.
-    rounds = [{name: measure(arguments, name) for name in VARIANTS} for _ in range(arguments.repeats)]
+    for run in range(arguments.repeats):
+        for name in VARIANTS:  # in turn, so that a drifting machine hits all alike
+            if (case := case_of(name, run)) not in records:
+                seconds, memory = measure(arguments, name)
+                records.add(case, {"seconds": seconds, "MiB": memory / 2**20})
+    rounds = {name: [records[case_of(name, run)] for run in range(arguments.repeats)] for name in VARIANTS}
     print(f"{'':24}{'step':>10}{'':>9}{'working memory':>18}")
     for name in VARIANTS:
-        seconds, memory = (statistics.median(turn[name][i] for turn in rounds) for i in (0, 1))
-        slower, larger = (statistics.median(turn[name][i] / turn[ALONE][i] for turn in rounds) for i in (0, 1))
-        case = {"frames": arguments.frames, "size": arguments.size, "attention": name}
-        records.add(case, {"seconds": seconds, "slower": slower, "MiB": memory / 2**20, "larger": larger})
-        print(f"{name:24}{seconds:8.1f} s{100 * (slower - 1):+7.1f} %{memory / 2**20:12.0f} MiB {larger:5.2f}x")
+        seconds, memory = (statistics.median(run[what] for run in rounds[name]) for what in ("seconds", "MiB"))
+        slower, larger = (
+            statistics.median(run[what] / alone[what] for run, alone in zip(rounds[name], rounds[ALONE], strict=True))
+            for what in ("seconds", "MiB")
+        )
+        print(f"{name:24}{seconds:8.1f} s{100 * (slower - 1):+7.1f} %{memory:12.0f} MiB {larger:5.2f}x")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ direction, 2 * (frames - 1) * height * width * window^2 * channels, as the paper
 from __future__ import annotations
 
 import argparse
+import statistics
 import subprocess
 import sys
 import time
@@ -58,6 +59,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=20)
     parser.add_argument("--grid", default="64x64", help="height x width in tokens")
     parser.add_argument("--channels", type=int, default=320)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--window", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     height, width = map(int, arguments.grid.split("x"))
@@ -68,16 +70,20 @@ def main() -> None:
     records = Records(FOLDER / "correspondence_cost.jsonl")
     print(
         f"{machine()}, {arguments.frames} frames of {height}x{width} "
-        f"tokens, {arguments.channels} channels, float32, k = 3, both directions"
+        f"tokens, {arguments.channels} channels, float32, k = 3, both directions; median of {arguments.repeats}"
     )
     print(f"{'window':>8}{'operations':>14}{'time':>10}{'memory':>12}")
     for window in (3, 9, 15, 2 * max(height, width) - 1):  # the last: the whole frame
-        command = [sys.executable, __file__, *sys.argv[1:], f"--window={window}"]
-        answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        seconds, mebibytes = map(float, answer.split())
         operations = 2 * (arguments.frames - 1) * height * width * min(window**2, height * width) * arguments.channels
         case = {"frames": arguments.frames, "grid": arguments.grid, "channels": arguments.channels, "window": window}
-        records.add(case, {"operations": operations, "seconds": seconds, "MiB": mebibytes})
+        runs = [case | {"run": run} for run in range(arguments.repeats)]
+        for one in runs:
+            if one not in records:
+                command = [sys.executable, __file__, *sys.argv[1:], f"--window={window}"]
+                answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                seconds, mebibytes = map(float, answer.split())
+                records.add(one, {"operations": operations, "seconds": seconds, "MiB": mebibytes})
+        seconds, mebibytes = (statistics.median(records[one][what] for one in runs) for what in ("seconds", "MiB"))
         print(f"{window:>8}{operations / 1e9:>12.3f}e9{seconds:>8.1f} s{mebibytes:>8.0f} MiB")
 
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.records import FOLDER  # noqa: E402
 
 SHARED = ("samples", "matches", "masks", "real_clips", "edits", "reconstruction")  # each knows what it has measured
-COSTS = {"correspondence_cost": (), "injection_cost": (), "attention_cost": ("--repeats=1",)}
+COSTS = ("correspondence_cost", "injection_cost", "attention_cost")
 
 
 def start(name: str, *arguments: str, threads: int | None = None) -> subprocess.Popen:
@@ -41,10 +41,10 @@ def main() -> None:
     parts = 1 if torch.cuda.is_available() else min(4, cores)
     for name in SHARED:
         finish(*(start(name, f"--part={i}/{parts}", threads=cores // parts) for i in range(parts)))
-    for name, arguments in COSTS.items():
+    for name in COSTS:
         done = FOLDER / f"{name}.done"
         if not done.is_file():
-            finish(start(name, *arguments))
+            finish(start(name))
             done.touch()
     finish(start("results"))
 

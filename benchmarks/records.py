@@ -29,6 +29,9 @@ class Records:
     def __contains__(self, case: dict) -> bool:
         return _key(case) in self.found
 
+    def __getitem__(self, case: dict) -> dict:
+        return self.found[_key(case)]["measured"]
+
     def add(self, case: dict, measured: dict) -> None:
         line = {"case": case, "measured": measured, "on": machine()}
         self.found[_key(case)] = line

@@ -234,25 +234,36 @@ def reconstruction() -> str:
     return rows(["steps", "refinements", "plain", "guided"], lines)
 
 
+def of_runs(name: str, key: str, defaults: dict) -> dict[str | int, dict[int, dict]]:
+    """What `key` names -> run -> what a cost benchmark measured at its default sizes."""
+    found: dict[str | int, dict[int, dict]] = {}
+    for case, measured in records(name):
+        if case.items() >= defaults.items():
+            found.setdefault(case[key], {})[case["run"]] = measured
+    return found
+
+
 def correspondence_cost() -> str:
     lines = []
-    for case, found in records("correspondence_cost"):
-        side = max(map(int, case["grid"].split("x")))
-        operations = f"{found['operations'] / 1e9:.3f} e9"
-        lines.append([_window(case["window"], side), operations, f"{found['seconds']:.1f}", f"{found['MiB']:.0f} MiB"])
+    for window, runs in of_runs("correspondence_cost", "window", {"frames": 20, "grid": "64x64"}).items():
+        operations = f"{runs[0]['operations'] / 1e9:.3f} e9"
+        seconds, memory = (
+            spread(((run, m[what]) for run, m in runs.items()), n) for what, n in (("seconds", 1), ("MiB", 0))
+        )
+        lines.append([_window(window, 64), operations, seconds, f"{memory} MiB"])
     return rows(["window", "operations", "seconds", "working memory"], lines)
 
 
 def attention_cost() -> str:
-    lines = (
-        [
-            case["attention"],
-            f"{found['seconds']:.0f} ({100 * (found['slower'] - 1):+.0f} %)",
-            f"{found['MiB'] / 1024:.1f} GiB ({found['larger']:.2f}x)",
-        ]
-        for case, found in records("attention_cost")
-    )
-    return rows(["self-attention", "seconds a step", "working memory"], lines)
+    found = of_runs("attention_cost", "attention", {"frames": 9, "size": "512x320"})
+    alone, lines = next(iter(found.values())), []
+    for name, runs in found.items():
+        seconds = spread(((run, m["seconds"]) for run, m in runs.items()), 0)
+        slower = spread(((run, 100 * (m["seconds"] / alone[run]["seconds"] - 1)) for run, m in runs.items()), 0)
+        memory = spread(((run, m["MiB"] / 1024) for run, m in runs.items()), 1)
+        larger = spread(((run, m["MiB"] / alone[run]["MiB"]) for run, m in runs.items()), 2)
+        lines.append([name, seconds, f"{slower} %", f"{memory} GiB", larger])
+    return rows(["self-attention", "seconds a step", "more time", "working memory", "times the memory"], lines)
 
 
 def injection_cost() -> str:

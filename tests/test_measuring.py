@@ -120,6 +120,21 @@ def test_ways_are_compared_clip_by_clip(monkeypatch):
             table()
 
 
+def test_costs_are_compared_run_by_run(monkeypatch, tmp_path):
+    """What takes a tenth more in each run takes a tenth more, however much the machine drifts in between."""
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    records = results.Records(tmp_path / "attention_cost.jsonl")
+    for frames, factor in ((9, 1.1), (5, 7.0)):  # the second: somebody tried another size
+        for run, seconds in enumerate((100.0, 200.0)):
+            for name, times in (("alone", 1.0), ("guided", factor)):
+                case = {"frames": frames, "size": "512x320", "attention": name, "run": run}
+                records.add(case, {"seconds": times * seconds, "MiB": 1024 * times})
+    assert records[case] == {"seconds": 1400.0, "MiB": 7168.0}
+    *_, alone, guided = results.attention_cost().splitlines()
+    assert alone == "| alone | 150 ± 71 | 0 ± 0 % | 1.0 ± 0.0 GiB | 1.00 ± 0.00 |"
+    assert guided == "| guided | 165 ± 78 | 10 ± 0 % | 1.1 ± 0.0 GiB | 1.10 ± 0.00 |"
+
+
 def test_measurements_on_another_model_do_not_count(monkeypatch, tmp_path):
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     monkeypatch.setattr(results, "digest_of", lambda: "new")
