@@ -78,11 +78,10 @@ def main() -> None:
         case = {"frames": arguments.frames, "grid": arguments.grid, "channels": arguments.channels, "window": window}
         runs = [case | {"run": run} for run in range(arguments.repeats)]
         for one in runs:
-            if one not in records:
-                command = [sys.executable, __file__, *sys.argv[1:], f"--window={window}"]
-                answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-                seconds, mebibytes = map(float, answer.split())
-                records.add(one, {"operations": operations, "seconds": seconds, "MiB": mebibytes})
+            command = [sys.executable, __file__, *sys.argv[1:], f"--window={window}"]
+            answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            seconds, mebibytes = map(float, answer.split())
+            records.add(one, {"operations": operations, "seconds": seconds, "MiB": mebibytes})
         seconds, mebibytes = (statistics.median(records[one][what] for one in runs) for what in ("seconds", "MiB"))
         print(f"{window:>8}{operations / 1e9:>12.3f}e9{seconds:>8.1f} s{mebibytes:>8.0f} MiB")
 
