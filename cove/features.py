@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def diffusion_features(
-    decode: Callable[[Tensor], Tensor],
+    decode: Callable[[Tensor, range], Tensor],
     latents: Tensor,
     sigma: Tensor | float,
     grid: tuple[int, int] | None = None,
@@ -30,7 +30,8 @@ def diffusion_features(
     The noise is drawn on the CPU, frame after frame, so that neither device nor batch size changes it.
 
     Args:
-        decode: noisy latents [n, channels, h, w] at `sigma` -> hidden state of a decoder level [n, d, height, width].
+        decode: noisy latents [n, channels, h, w] at `sigma`, and which frames of `latents` they are -> hidden state of
+            a decoder level [n, d, height, width].
         latents: clean latents in the model's own scale, [frames, channels, h, w].
         sigma: noise level in k-diffusion's coordinates, noisy = clean + sigma * noise.
         grid: (height, width) of the tokens wanted; averaged down or interpolated up to it. By default as they come.
@@ -44,13 +45,13 @@ def diffusion_features(
     if ensemble < 1 or batch < 1:
         raise ValueError(f"ensemble and batch must be 1 or more, got {ensemble} and {batch}")
     generator = torch.Generator("cpu").manual_seed(seed)
-    pieces = [slice(i, i + batch) for i in range(0, len(latents), batch)]
+    pieces = [range(i, min(i + batch, len(latents))) for i in range(0, len(latents), batch)]
     mean = [0.0] * len(pieces)
     for draw in range(ensemble):
         for i, piece in enumerate(pieces):
-            clean = latents[piece]
+            clean = latents[piece.start : piece.stop]
             noise = torch.stack([torch.randn(frame.shape, generator=generator) for frame in clean])
-            hidden = decode(clean + sigma * noise.to(clean)).float()
+            hidden = decode(clean + sigma * noise.to(clean), piece).float()
             mean[i] = mean[i] + (hidden if grid is None else resample(hidden, grid)) / ensemble
             if progress is not None:
                 progress(draw * len(pieces) + i + 1, ensemble * len(pieces))

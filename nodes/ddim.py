@@ -109,7 +109,7 @@ class DDIMInversion(io.ComfyNode):
         sigmas = torch.cat((torch.zeros(1), _host.sigmas_at(model, timesteps)))
         _host.check_channels(model, latent["samples"], node)
         _host.check_unmasked(latent, node)
-        _host.check_conditioning(conditioning, latent, model, node)
+        _host.check_conditioning(conditioning, latent, node)
         sites = _host.sites_of(model, resnet_blocks, attention_blocks, node)
         kept = sampling_sigmas(model, sampling_steps)[:-1][:feature_steps]
         plan, size = _host.plan_storage(model, storage, sites, sigmas, kept, latent["samples"].shape, node)
@@ -156,7 +156,7 @@ class DDIMSampler(io.ComfyNode):
         _host.unet_of(model, node)
         sigmas = sampling_sigmas(model, steps)
         _host.check_start(noise, sigmas, node)
-        _host.check_conditioning([*positive, *negative], noise, model, node)
+        _host.check_conditioning([*positive, *negative], noise, node)
         options = {"node": node, "callback": _host.preview(model, steps)}
         return io.NodeOutput(_host.run(model, ddim.sample, noise, sigmas, positive, negative, cfg, **options))
 

@@ -105,9 +105,9 @@ class DiffusionFeatures(io.ComfyNode):
             comfy.model_management.throw_exception_if_processing_interrupted()
 
         def probe(denoise, x, sigmas, extra_args, callback, disable):
-            def decode(noisy: Tensor) -> Tensor:
+            def decode(noisy: Tensor, frames: range) -> Tensor:
                 with _host.captured(layer) as outputs:
-                    _host.run_unet(denoise, noisy, sigmas[0], extra_args["model_options"])
+                    _host.run_unet(denoise, noisy, frames, sigmas[0], extra_args["model_options"])
                 if len(outputs) != 1:
                     raise RuntimeError(f"{node}: the UNet's decoder ran {len(outputs)} times, expected once")
                 return outputs[0]
@@ -117,7 +117,9 @@ class DiffusionFeatures(io.ComfyNode):
             return x
 
         sigmas = _host.sigmas_at(model, [timestep])
-        _host.run(model, probe, latent, sigmas, _host.plain_conditioning(model, conditioning), node=node)
+        source = _host.plain_conditioning(model, conditioning)
+        _host.check_conditioning(source, latent, node)
+        _host.run(model, probe, latent, sigmas, source, node=node)
         result = found[0].to(comfy.model_management.intermediate_device())
         _host.check_finite(result, "features", node)
         picture = features.feature_picture(result).movedim(-1, 1)

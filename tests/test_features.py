@@ -11,7 +11,7 @@ FRAMES, LATENT, GRID = 5, (4, 10, 14), (5, 7)
 MIX = randn(11, 4)
 
 
-def decode(noisy):
+def decode(noisy, frames=None):
     """A stand-in for a decoder level: every position by itself, nonlinear."""
     return torch.einsum("dc,nchw->ndhw", MIX, noisy).tanh()
 
@@ -19,7 +19,9 @@ def decode(noisy):
 def noises(ensemble=1, batch=8, seed=0, sigma=2.0):
     """What is added to latents of nothing, in units of sigma: [draws, frames, ...]."""
     seen = []
-    diffusion_features(lambda x: seen.append(x) or x, torch.zeros(FRAMES, *LATENT), sigma, None, ensemble, batch, seed)
+    diffusion_features(
+        lambda x, frames: seen.append(x) or x, torch.zeros(FRAMES, *LATENT), sigma, None, ensemble, batch, seed
+    )
     return torch.cat(seen).view(ensemble, FRAMES, *LATENT) / sigma
 
 
@@ -32,7 +34,7 @@ def test_noise_is_independent_for_each_frame_and_draw():
 
 def test_noise_is_added_to_the_latents():
     latents, seen = randn(FRAMES, *LATENT), []
-    diffusion_features(lambda x: seen.append(x) or x, latents, torch.tensor(3.0))
+    diffusion_features(lambda x, frames: seen.append(x) or x, latents, torch.tensor(3.0))
     assert_close(seen[0], latents + 3 * noises()[0])
 
 
@@ -69,7 +71,7 @@ def test_features_are_the_average_of_draws_at_unit_length():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_goes_to_the_model_and_comes_back_as_float32(dtype):
-    def half(noisy):
+    def half(noisy, frames):
         assert noisy.dtype == dtype
         return noisy
 

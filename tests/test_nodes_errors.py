@@ -5,7 +5,7 @@ import asyncio
 import pytest
 import torch
 
-from tests.helpers import FRAMES, WINDOWS, call, hints, latents, predict, prompt, refused, transformer
+from tests.helpers import FRAMES, call, hints, latents, predict, prompt, refused, transformer
 
 ATTENTION = "Correspondence Attention"
 
@@ -145,7 +145,7 @@ def test_batch_cut_by_another_node(sd15, guide):
 
     model = guide(sd15)
     model.set_model_unet_function_wrapper(first_frame)
-    with refused(ATTENTION, "a batch of 1", "1 conditionings of 3 frames each", "same frames"):
+    with refused(ATTENTION, "expected 3 frames for each of 1 conditionings", "got a batch of 1", "Remove"):
         predict(model, latents(), prompt(1))
 
 
@@ -189,21 +189,6 @@ def test_hints_of_other_frames(sd15, guide, control, invert, sample):
     three_before_two = control(control(prompt(1), hints(2)), hints(3))
     with refused("DDIM Inversion", *wrong):
         invert(sd15, conditioning=three_before_two)
-
-
-def test_hints_for_each_frame_in_context_windows(comfy, sd15, guide, control, invert):
-    from comfy_extras.nodes_context_windows import ContextWindowsManualNode
-
-    windowed = ContextWindowsManualNode.execute(sd15, **WINDOWS).args[0]
-    wrong = ("context windows", "hints of the first frames", "Remove the context windows")
-    with refused("DDIM Inversion", *wrong):
-        invert(windowed, conditioning=control(prompt(1), hints()))
-    with refused(ATTENTION, *wrong):
-        predict(guide(windowed), latents(), control(prompt(1), hints()))
-    # One hint serves every window, and a clip that fits one window is not cut.
-    assert predict(guide(windowed), latents(), control(prompt(1), hints(1))).isfinite().all()
-    long = ContextWindowsManualNode.execute(sd15, **WINDOWS | {"context_length": FRAMES}).args[0]
-    assert predict(guide(long), latents(), control(prompt(1), hints())).isfinite().all()
 
 
 # --- inversion and sampling that do not meet ---

@@ -14,6 +14,7 @@ from .injection import KEY as INJECTION_KEY
 from .injection import inject, sites_of
 from .inversion import RECOMPUTE, STORAGES, invert, plan_storage
 from .model import captured, decoder_level_end, grid_at, self_attention_levels, sigmas_at, unet_of
+from .run_info import KEY as ATTENTION_KEY
 from .sampling import (
     GRID_KEY,
     check_channels,
@@ -30,7 +31,6 @@ from .sampling import (
 )
 from .tokenflow import KEY as TOKENFLOW_KEY
 from .tokenflow import flow_tokens
-from .told import KEY as ATTENTION_KEY
 
 FeaturesType = io.Custom("COVE_FEATURES")
 CorrespondenceType = io.Custom("COVE_CORRESPONDENCE")

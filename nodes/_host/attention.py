@@ -15,9 +15,9 @@ from torch import Tensor
 from ...cove.attention import correspondence_attention, spatial_temporal_attention
 from ...cove.correspondence import Correspondence
 from .attend import attend_with
+from .frames import check_rows
 from .model import Block, grid_at, self_attention_levels, unet_of
-from .sampling import check_hints
-from .told import KEY, area_of, latent_size, sigma_of, tell_areas, window_of
+from .run_info import KEY, area_of, frames_of, latent_size, publish_run, sigma_of
 
 # Core nodes that change how many tokens self-attention sees, by the file they stand in.
 TOKEN_CHANGERS = {"nodes_tomesd": "Patch ToMe", "nodes_hypertile": "HyperTile"}
@@ -54,13 +54,12 @@ class GuidedSelfAttention:
             return attend(query, key, value, heads)
 
         conds = len(options["cond_or_uncond"])
-        clip = query.shape[0] // conds if self.correspondence is None else self.correspondence.frames
-        frame_indices = window_of(options) or list(range(clip))
-        frames = len(frame_indices)
+        batch = frames_of(options)
+        frames = len(batch)
         if query.shape[0] != conds * frames:
             raise ValueError(
-                f"Correspondence Attention: a batch of {query.shape[0]} came for {conds} conditionings of {frames} "
-                f"frames each. The latents and the correspondence must be of the same frames."
+                f"Correspondence Attention: expected {frames} frames for each of {conds} conditionings, got a batch of "
+                f"{query.shape[0]}. Remove the node that cuts batches from this model."
             )
         if self.all_frames:
             tokens = spatial_temporal_attention(query, key, value, frames, heads, attend_with(query, options, frames))
@@ -70,19 +69,21 @@ class GuidedSelfAttention:
             return tokens
         if grid_at(latent_size(options), self.level) != (self.correspondence.height, self.correspondence.width):
             return tokens
-        clips = tokens.unflatten(0, (conds, frames))
+        # A window's anchor may be among its own frames, too: it is guided once, and its tokens are the same.
+        clip_frames = list(dict.fromkeys(batch))
+        clips = tokens.unflatten(0, (conds, frames))[:, [batch.index(frame) for frame in clip_frames]]
         guided = [
             correspondence_attention(
                 clip[None],
                 self._of_area(area_of(options, uuid), grid),
                 heads,
                 self.merge_ratio,
-                frame_indices,
+                clip_frames,
                 self.include_self,
             )
             for clip, uuid in zip(clips, options["uuids"], strict=True)
         ]
-        return torch.cat(guided).flatten(0, 1)
+        return torch.cat(guided)[:, [clip_frames.index(frame) for frame in batch]].flatten(0, 1)
 
     def _of_area(self, area: tuple[int, ...] | None, grid: tuple[int, int]) -> Correspondence:
         """The correspondence on the part of the picture that a conditioning with an area is run on."""
@@ -124,7 +125,7 @@ def guide_self_attention(
         # Without a transformer index: a perturbing guider (PAG) can then put its own in for its own pass.
         model.set_model_attn1_replace(patch, *block)
     model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, KEY, partial(_check_run, node, patches))
-    tell_areas(model)
+    publish_run(model)
     return model
 
 
@@ -152,7 +153,7 @@ def _check_run(node: str, patches: dict[Block, GuidedSelfAttention], executor, n
     correspondence = next(iter(patches.values())).correspondence
     if correspondence is not None:
         _check_fit(correspondence, noise, {patch.level for patch in patches.values()}, node)
-    check_hints([cond for some in guider.conds.values() for cond in some], len(noise), guider.model_options, node)
+    check_rows([cond for some in guider.conds.values() for cond in some], len(noise), node)
     return executor(noise, *args, **kwargs)
 
 

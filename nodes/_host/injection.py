@@ -16,10 +16,11 @@ from torch import Tensor
 
 from ...cove.injection import ATTENTION, RESNET, Site, choose_blocks, put_back
 from ...cove.inversion import Inversion
+from .frames import frames_in
 from .model import block_levels, grid_at, transformers_of, unet_of
+from .run_info import area_of, latent_size, options_with, publish_run
 from .sampling import check_not_compiled
-from .source import FEATURES, RUNNING, SourceBranch, check_meets, check_one_prompt, options_with
-from .told import area_of, latent_size, tell_areas, window_of
+from .source import FEATURES, RUNNING, SourceBranch, check_meets, check_one_prompt
 
 KEY, COMPUTED = "cove_injection", "cove_injection_computed"
 
@@ -68,11 +69,6 @@ def bytes_of(model, sites: tuple[Site, ...], size: tuple[int, int], node: str) -
 Frames = tuple[int, ...] | None  # those of the clip that the UNet runs on; None: all
 
 
-def _frames_of(options: dict[str, Any]) -> Frames:
-    window = window_of(options)
-    return None if window is None else tuple(window)
-
-
 @dataclass(eq=False)
 class Taking:
     """Collects what stands at some sites when the UNet runs on the frames of a clip, or on windows of it."""
@@ -99,7 +95,7 @@ class Taking:
         if str(site) in self.sites:
             self.prompt = check_one_prompt(options, self.node, self.prompt)
             # The first pass is the source's. Guidance such as PAG runs the UNet again with something changed in it.
-            self.taken.setdefault(_frames_of(options), {}).setdefault(str(site), value)
+            self.taken.setdefault(frames_in(options), {}).setdefault(str(site), value)
         return value
 
 
@@ -114,7 +110,7 @@ class Giving:
     levels: Mapping[tuple[str, int], int]
 
     def at(self, site: Site, value: Tensor, options: dict[str, Any]) -> Tensor:
-        features = self._of_frames(site, _frames_of(options))
+        features = self._of_frames(site, frames_in(options))
         if features is None:
             return value
         whole = grid_at(latent_size(options), level := self.levels["output", site.block])
@@ -177,7 +173,7 @@ def with_sites(model):
     model = model.clone()
     model.set_model_attn1_patch(_self_attention)
     model.add_wrapper_with_key(WRAPPERS.DIFFUSION_MODEL, KEY, _resnets)
-    tell_areas(model)
+    publish_run(model)
     return model
 
 
@@ -250,7 +246,7 @@ def _check_run(injection: _Injection, executor, noise: Tensor, latent_image, sam
     wanted = [sigma for sigma in map(float, sigmas[:-1]) if injection.names_at(sigma, sigmas)]
     check_meets(source.inversion.sigmas, wanted, source.node)
     if injection.needs_source(sigmas):
-        source.check_prompt(len(noise), executor.class_obj.model_options)
+        source.check_prompt()
     return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
 
 
@@ -282,7 +278,7 @@ def _run_injected(injection: _Injection, executor, model, conds, x_in: Tensor, t
     step = injection.source.step_at(sigma)
     stored = injection.stored_for(step, names)
     if stored is None:
-        computed, frames = options[COMPUTED], _frames_of(options)
+        computed, frames = options[COMPUTED], frames_in(options)
         if computed.step != step:
             computed.step, computed.features = step, {}
         if frames not in computed.features:

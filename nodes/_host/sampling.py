@@ -5,17 +5,21 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import comfy.model_management
 import comfy.patcher_extension
 import comfy.sample
+import comfy.sampler_helpers
 import comfy.samplers
 import latent_preview
 import torch
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from torch import Tensor
+
+from .frames import Cut, check_rows
+from .run_info import only_ours, options_with, publish_run
 
 GRID_KEY = "cove_sigmas"
 
@@ -37,6 +41,8 @@ def run(
     samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
     check_channels(model, samples, node)
     check_finite(samples, "latents that came in", node)
+    model = model.clone()
+    publish_run(model)
     try:
         result = comfy.sample.sample_custom(
             model,
@@ -55,10 +61,11 @@ def run(
     return {name: value for name, value in latent.items() if name != GRID_KEY} | {"samples": result}
 
 
-def run_unet(denoise, x: Tensor, sigma: Tensor, model_options: dict[str, Any]) -> None:
-    """One pass of the UNet inside `run`, with the positive conditioning and without what guiders or windows add."""
+def run_unet(denoise, x: Tensor, frames: Sequence[int], sigma: Tensor, model_options: dict[str, Any]) -> None:
+    """Run the UNet once inside `run` on some frames, with the positive conditioning, without guiders and windows."""
     guider = denoise.inner_model
-    options = {**model_options, "context_handler": None}
+    options = only_ours({**model_options, "context_handler": None})
+    options = options_with(options, context_window=Cut(list(frames)))
     comfy.samplers.calc_cond_batch(guider.inner_model, [guider.conds["positive"]], x, sigma.expand(len(x)), options)
 
 
@@ -148,28 +155,6 @@ def check_start(latent: dict[str, Any], sigmas: Tensor, node: str) -> None:
         )
 
 
-def check_hints(conds: list[dict], frames: int, model_options: dict[str, Any], node: str) -> None:
-    """An error when a ControlNet's hints are neither one nor one a frame; `conds` are conditioning dictionaries."""
-    windows = model_options.get("context_handler")
-    cut = windows is not None and frames > windows.context_length
-    for cond in conds:
-        control = cond.get("control")
-        while control is not None:
-            hint = getattr(control, "cond_hint_original", None)
-            if hint is not None and len(hint) not in (1, frames):
-                raise ValueError(
-                    f"{node}: a ControlNet has {len(hint)} hint images for {frames} frames. Give it one image, or one "
-                    f"for each frame: make the hints from the same frames, with the same start, count and stride."
-                )
-            # Advanced-ControlNet follows the window by itself.
-            if hint is not None and len(hint) > 1 and cut and not hasattr(control, "sub_idxs"):
-                raise ValueError(
-                    f"{node}: with context windows, ComfyUI gives every window the hints of the first frames. Remove "
-                    f"the context windows, use one hint image for all frames, or use Advanced-ControlNet."
-                )
-            control = getattr(control, "previous_controlnet", None)
-
-
-def check_conditioning(conditioning, latent: dict[str, Any], model, node: str) -> None:
-    """`check_hints` for a CONDITIONING, before a run."""
-    check_hints([extras for _, extras in conditioning], len(latent["samples"]), model.model_options, node)
+def check_conditioning(conditioning, latent: dict[str, Any], node: str) -> None:
+    """`check_rows` for a CONDITIONING, before a run."""
+    check_rows(comfy.sampler_helpers.convert_cond(conditioning), len(latent["samples"]), node)

@@ -12,18 +12,12 @@ import comfy.samplers
 from torch import Tensor
 
 from ...cove.inversion import Inversion, step_at
-from .sampling import check_hints
-from .told import KEY as TOLD
-from .told import area_of, told_of, window_of
+from .frames import check_rows, cut_conds, frames_in
+from .run_info import area_of, options_with
 
 # In transformer_options, for the calls of the UNet within: what takes or gives features (Feature Injection), what
 # stands in for self-attention (TokenFlow), and whether the call is of a source branch.
 FEATURES, ATTENTION, RUNNING = "cove_features", "cove_attention", "cove_source_running"
-
-
-def options_with(model_options: dict[str, Any], **told) -> dict[str, Any]:
-    """A copy of model_options with more told to the blocks."""
-    return {**model_options, "transformer_options": {**model_options.get("transformer_options", {}), **told}}
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +52,8 @@ class SourceBranch:
                 f"are sampled. Give the sampler the noise of the same inversion."
             )
 
-    def check_prompt(self, frames: int, model_options: dict[str, Any]) -> None:
-        """An error when the source cannot be run for want of its prompt, or of a hint for each frame."""
+    def check_prompt(self) -> None:
+        """Raise when the source cannot be run: no prompt, hooks, or rows for other frames than the clip's."""
         if self.conditioning is None:
             raise ValueError(
                 f"{self.node}: the source must run beside the edit, but this inversion does not hold its prompt (a "
@@ -70,7 +64,7 @@ class SourceBranch:
                 f"{self.node}: the source prompt carries hooks (a LoRA on the prompt), which the host does not load "
                 f"for a source that runs beside the edit. Put the LoRA on the model."
             )
-        check_hints([extras for _, extras in self.conditioning], frames, model_options, self.node)
+        check_rows(comfy.sampler_helpers.convert_cond(self.conditioning), self.inversion.frames, self.node)
 
     @contextmanager
     def ready(self, guider, extra_args: dict[str, Any], noise: Tensor) -> Iterator[dict[str, Any]]:
@@ -90,14 +84,15 @@ class SourceBranch:
             check_meets(self.inversion.sigmas, [sigma], self.node)
         return step
 
-    def run(self, executor, model, step: int, x_in: Tensor, timestep: Tensor, model_options, **told) -> None:
-        """One evaluation of the source at a step of its inversion, around which the executor is; more may be told."""
+    def run(self, executor, model, step: int, x_in: Tensor, timestep: Tensor, model_options, **published) -> None:
+        """Evaluate the source at a step of its inversion, on the frames in the batch, with `executor`."""
         guess, prompt = self.inversion.guesses[step], [list(model_options["transformer_options"][self.key])]
-        # Windows are cut outside of this wrapper or inside of it, by when which node was applied.
-        guess = (guess if len(x_in) == len(guess) else guess[window_of(model_options["transformer_options"])]).to(x_in)
+        frames, clip = frames_in(model_options["transformer_options"]), len(guess)
+        if frames is not None:
+            guess, prompt = guess[list(frames)], cut_conds(prompt, range(clip), frames, clip)
         # Nothing of what is done to the edit is done to the source.
-        told = {FEATURES: None, ATTENTION: None, RUNNING: True, TOLD: told_of(prompt, guess, timestep), **told}
-        executor(model, prompt, guess, timestep, options_with(model_options, **told))
+        published = {FEATURES: None, ATTENTION: None, RUNNING: True, **published}
+        executor(model, prompt, guess.to(x_in), timestep, options_with(model_options, **published))
 
 
 def check_one_prompt(options: dict[str, Any], node: str, before: Any = None) -> Any:

@@ -10,7 +10,6 @@ from typing import Any
 
 import comfy.patcher_extension
 import torch
-from comfy.context_windows import IndexListContextWindow
 from torch import Tensor
 
 from ...cove.attention import spatial_temporal_attention
@@ -19,10 +18,10 @@ from ...cove.inversion import Inversion
 from ...cove.tokenflow import Between, between_keyframes, choose_keyframes, nearest_tokens, propagate
 from .attend import attend_with
 from .attention import check_slots
+from .frames import Cut, check_rows, cut_conds, frames_in
 from .model import Block, grid_at, self_attention_levels, unet_of
-from .sampling import check_hints
-from .source import ATTENTION, RUNNING, SourceBranch, check_meets, check_one_prompt, options_with
-from .told import area_of, latent_size, tell_areas, window_of
+from .run_info import area_of, latent_size, options_with, publish_run
+from .source import ATTENTION, RUNNING, SourceBranch, check_meets, check_one_prompt
 
 KEY = "cove_tokenflow"
 
@@ -41,7 +40,7 @@ class _Flow:
 
     def frames_in(self, options: dict[str, Any]) -> tuple[int, ...]:
         """The frames of the clip that the UNet runs on."""
-        return tuple(window_of(options) or range(self.source.inversion.frames))
+        return frames_in(options) or tuple(range(self.source.inversion.frames))
 
 
 @dataclass(eq=False)
@@ -150,8 +149,8 @@ def _by_frames(tokens: Tensor, frames: int, options: dict[str, Any], node: str) 
     conds, grid = len(options["cond_or_uncond"]), options["activations_shape"][2:]
     if len(tokens) != conds * frames:
         raise ValueError(
-            f"{node}: a batch of {len(tokens)} came for {conds} conditionings of {frames} frames each. Take the node "
-            f"off this model that cuts batches."
+            f"{node}: expected {frames} frames for each of {conds} conditionings, got a batch of {len(tokens)}. Remove "
+            f"the node that cuts batches from this model."
         )
     if tokens.shape[1] != math.prod(grid):
         raise _other_tokens(f"{tokens.shape[1]} tokens", grid, node)
@@ -204,8 +203,7 @@ def flow_tokens(model, inversion: Inversion, every: int, blend_keyframes: bool, 
         # Without a transformer index, for the reason that Correspondence Attention gives.
         model.set_model_attn1_replace(patch, *block)
     source.load_with(model)
-    # First, so that it stands around this node's wrapper and each of its passes is told the areas.
-    tell_areas(model)
+    publish_run(model)
     model.add_wrapper_with_key(WRAPPERS.OUTER_SAMPLE, KEY, partial(_check_run, flow, patches))
     model.add_wrapper_with_key(WRAPPERS.SAMPLER_SAMPLE, KEY, partial(_with_source, flow))
     model.add_wrapper_with_key(WRAPPERS.CALC_COND_BATCH, KEY, partial(_run_flowing, flow))
@@ -218,9 +216,8 @@ def _check_run(flow: _Flow, patches, executor, noise: Tensor, latent_image, samp
     check_slots(guider.model_options, source.node, patches)
     source.check_clip(noise)
     check_meets(source.inversion.sigmas, sigmas[:-1].tolist(), source.node)
-    source.check_prompt(len(noise), guider.model_options)
-    conds = [cond for some in guider.conds.values() for cond in some]
-    check_hints(conds, len(noise), guider.model_options, source.node)
+    source.check_prompt()
+    check_rows([cond for some in guider.conds.values() for cond in some], len(noise), source.node)
     return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
 
 
@@ -244,19 +241,13 @@ def _run_flowing(flow: _Flow, executor, model, conds, x_in: Tensor, timestep: Te
 
 
 def _run_keyframes(step: _Step, executor, model, conds, x_in: Tensor, timestep: Tensor, model_options) -> None:
-    """The keyframes before they are blended: alone where that is possible, else among all frames."""
+    """Evaluate the keyframes before they are blended, alone where that is possible, else among all frames."""
     options = model_options["transformer_options"]
-    told = {ATTENTION: partial(_edit_keyframes, step)}
-    if options.get("ad_params") is None and all(_is_same_for_all(cond) for some in conds for cond in some or []):
-        keyframes, frames = step.keyframes(len(x_in)), step.flow.frames_in(options)
-        window = IndexListContextWindow([frames[keyframe] for keyframe in keyframes])
-        told |= {RUNS_ON_KEYFRAMES: True, "context_window": window}
+    published = {ATTENTION: partial(_edit_keyframes, step)}
+    # AnimateDiff's motion modules expect as many frames as its windows have.
+    if options.get("ad_params") is None:
+        keyframes, batch = step.keyframes(len(x_in)), step.flow.frames_in(options)
+        conds = cut_conds(conds, batch, keyframes, step.flow.source.inversion.frames)
+        published |= {RUNS_ON_KEYFRAMES: True, "context_window": Cut([batch[keyframe] for keyframe in keyframes])}
         x_in, timestep = x_in[keyframes], timestep[keyframes]
-    executor(model, conds, x_in, timestep, options_with(model_options, **told))
-
-
-def _is_same_for_all(cond: dict[str, Any]) -> bool:
-    """Whether a conditioning has nothing that goes with the frames: hints, masks, concatenated latents."""
-    tensors = [getattr(made, "cond", None) for made in cond.get("model_conds", {}).values()]
-    varies = any(isinstance(tensor, Tensor) and len(tensor) > 1 for tensor in tensors)
-    return not varies and all(cond.get(name) is None for name in ("control", "mask", "gligen"))
+    executor(model, conds, x_in, timestep, options_with(model_options, **published))
