@@ -20,6 +20,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)  # a link of this name would lead the writer elsewhere
     try:
         yield temporary
         os.replace(temporary, path)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from fractions import Fraction
 from math import isfinite
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import av
 import torch
@@ -185,7 +185,7 @@ def _natural(file: Path) -> tuple[list, str]:
 def _read_video(
     path: Path, start: int, count: int, stride: int, resize: Callable[[Tensor], Tensor], progress: Progress
 ) -> Frames:
-    with _readable(path), av.open(str(path), metadata_errors="ignore") as container:
+    with _readable(path), path.open("rb") as data, _open(data) as container:
         stream = _video_stream(container, path)
         needed = start + (count - 1) * stride + 1 if count else 0  # source frames up to the last one taken; 0 = all
         # Where the header promises too few, counting packets settles it without decoding anything.
@@ -227,8 +227,7 @@ def _read_folder(
 
     images, size = _Growing(len(taken)), None
     for index, file in enumerate(taken):
-        # Opened as a stream, because FFmpeg takes a "%" in an image's name for a numbering pattern.
-        with _readable(file), file.open("rb") as data, av.open(data, metadata_errors="ignore") as container:
+        with _readable(file), file.open("rb") as data, _open(data) as container:
             frame = next(container.decode(_video_stream(container, file)), None)
             if frame is None:
                 raise ValueError(f"{file.name} holds no picture. Remove it or save it again.")
@@ -266,6 +265,14 @@ class _Growing:
         return self.room[: self.length]
 
 
+def _open(data: IO[bytes]) -> av.container.InputContainer:
+    """A container that reads this stream only.
+
+    FFmpeg would open other files and addresses that a playlist names, and take a "%" in a path for a numbering pattern.
+    """
+    return av.open(data, metadata_errors="ignore", options={"protocol_whitelist": "none"})
+
+
 def _video_stream(container: av.container.InputContainer, path: Path) -> av.VideoStream:
     # The cover of an audio file is a video stream too, of one picture.
     streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
@@ -298,10 +305,10 @@ def _frame_rate(stream: av.VideoStream, times: list[float | None], stride: int) 
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Turns FFmpeg's errors into one that says which file, and what to do."""
+    """Turns errors of FFmpeg and of the disk into one that says which file, and what to do."""
     try:
         yield
-    except av.FFmpegError as error:
+    except (av.FFmpegError, OSError) as error:
         raise ValueError(
             f"{path.name} cannot be decoded ({error.strerror}). It may be damaged, incompletely copied, or no video: "
             "choose another file, or convert it to an H.264 mp4."

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from stat import S_ISDIR
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -22,6 +24,8 @@ FORMAT = "cove.inversion.1"
 SIGMA_TOLERANCE = 1e-4
 # A residual below this may grow by rounding, in half precision.
 ROUNDING = 1e-3
+# The most bytes in the file of an unfinished step beside its latents.
+_OVERHEAD = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,13 +157,21 @@ def on_disk(tensors: Mapping[str, Tensor], folder: str | os.PathLike) -> dict[st
 
 
 class UnfinishedInversion:
-    """The steps of an inversion that is under way, one file each, so that it can be taken up again after a kill."""
+    """The steps of an inversion that is under way, one file each, so that it can be taken up again after a kill.
 
-    KEPT = 4  # unfinished inversions; older ones are forgotten
+    All unfinished inversions of one folder together take at most `LIMIT` bytes.
+    """
+
+    LIMIT = 4 * 2**30
 
     def __init__(self, folder: str | os.PathLike, name: str):
         """folder: of all unfinished inversions. name: a fingerprint of all that decides the result."""
         self.folder = Path(folder) / name
+
+    @staticmethod
+    def size_of(steps: int, shape: Sequence[int]) -> int:
+        """The most bytes that this many steps take, for float32 latents of this shape."""
+        return steps * (2 * 4 * math.prod(shape) + _OVERHEAD)
 
     def steps(self) -> list[dict[str, Tensor]]:
         """Tensors of the finished steps, from the first; a file that cannot be read ends them."""
@@ -169,12 +181,35 @@ class UnfinishedInversion:
                 found.append({name: tensor.clone() for name, tensor in load_file(self._path(len(found))).items()})
         return found
 
+    def others(self) -> int:
+        """Bytes that the other unfinished inversions of the folder take."""
+        return sum(self._others().values())
+
+    def make_room(self, size: int) -> bool:
+        """Remove other inversions, the oldest first, until all steps of this one fit beside them; whether they do.
+
+        Args:
+            size: of all its steps, as `size_of` gives it. Above `LIMIT`, its own steps are removed as well.
+        """
+        if size > self.LIMIT:
+            self.discard()
+        room, others = self.LIMIT - size if size <= self.LIMIT else self.LIMIT, self._others()
+        while sum(others.values()) > room:
+            oldest = next(iter(others))
+            del others[oldest]
+            shutil.rmtree(oldest, ignore_errors=True)
+        return self.others() + size <= self.LIMIT
+
     def add(self, step: int, tensors: Mapping[str, Tensor]) -> None:
-        if step == 0:
-            self._forget_others()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Write a step. OSError when there is no room on the disk or below `LIMIT`, or the step before is missing."""
         # Copies, because two of them may be one: where refining makes the residual grow, x is the guess.
         copies = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+        size = sum(tensor.nbytes for tensor in copies.values()) + _OVERHEAD
+        if _size(self.folder) + self.others() + size > self.LIMIT:
+            raise OSError(f"unfinished inversions would take more than {self.LIMIT} bytes")
+        if step and not self._path(step - 1).exists():
+            raise OSError("the step before is missing")
+        self.folder.mkdir(parents=True, exist_ok=True)
         with whole_file(self._path(step)) as temporary:
             save_tensors(copies, temporary)
 
@@ -184,7 +219,25 @@ class UnfinishedInversion:
     def _path(self, step: int) -> Path:
         return self.folder / f"{step:04}.safetensors"
 
-    def _forget_others(self) -> None:
-        others = [path for path in self.folder.parent.glob("*") if path.is_dir() and path != self.folder]
-        for path in sorted(others, key=lambda path: path.stat().st_mtime)[: -(self.KEPT - 1)]:
-            shutil.rmtree(path, ignore_errors=True)
+    def _others(self) -> dict[Path, int]:
+        found = unfinished_in(self.folder.parent)
+        found.pop(self.folder, None)
+        return found
+
+
+def unfinished_in(folder: str | os.PathLike) -> dict[Path, int]:
+    """The unfinished inversions of a folder, the oldest first, and the bytes of each."""
+    found = []
+    for path in Path(folder).glob("*"):
+        with suppress(OSError):  # another process has just removed it
+            state = path.lstat()
+            if S_ISDIR(state.st_mode):
+                found.append((state.st_mtime, path))
+    return {path: _size(path) for _, path in sorted(found)}
+
+
+def _size(folder: Path) -> int:
+    """Bytes of the files in a folder; 0 when it is gone."""
+    with suppress(OSError):
+        return sum(file.lstat().st_size for file in folder.iterdir())
+    return 0

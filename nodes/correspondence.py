@@ -88,7 +88,8 @@ class SaveCorrespondence(io.ComfyNode):
                 io.String.Input(
                     "filename_prefix",
                     default="cove/clip",
-                    tooltip="Folder and beginning of the name in the output folder; a number is added.",
+                    tooltip="Folder and beginning of the name in the output folder; a number is added. "
+                    "Load Correspondence lists the output folder itself and its subfolder `cove`.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -118,7 +119,8 @@ class LoadCorrespondence(io.ComfyNode):
                 io.Combo.Input(
                     "file",
                     options=_host.saved_files(ENDING),
-                    tooltip="A correspondence in ComfyUI's output or input folder, newest first.",
+                    tooltip="A saved correspondence, newest first. Lists ComfyUI's output and input folders and the "
+                    "subfolder `cove` of each.",
                 ),
             ],
             outputs=[_host.CorrespondenceType.Output(display_name="correspondence")],
@@ -126,7 +128,7 @@ class LoadCorrespondence(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file=None) -> bool | str:
-        return _host.is_there(file, "Load Correspondence")
+        return _host.check_name(file, "Load Correspondence")
 
     @classmethod
     def fingerprint_inputs(cls, file=None, **others) -> str:
@@ -134,9 +136,10 @@ class LoadCorrespondence(io.ComfyNode):
 
     @classmethod
     def execute(cls, file) -> io.NodeOutput:
+        path = _host.path_of(file, "Load Correspondence")
         try:
-            return io.NodeOutput(Correspondence.load(_host.path_of(file)))
-        except ValueError as error:
+            return io.NodeOutput(Correspondence.load(path))
+        except (OSError, ValueError) as error:
             raise ValueError(f"Load Correspondence: {error}") from error
 
 

@@ -116,7 +116,7 @@ class DDIMInversion(io.ComfyNode):
         tell = partial(_host.say, cls)
         tell(size)
         noise, inversion = _host.invert(model, conditioning, latent, sigmas, refinements, plan, node=node, tell=tell)
-        tell(f"{inversion.quality()}; {size}")
+        tell("; ".join([inversion.quality(), size, *_host.left_unfinished()]))
         return io.NodeOutput(noise, inversion)
 
 

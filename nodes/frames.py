@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-from pathlib import Path
-
 import comfy.model_management
 import comfy.utils
 import folder_paths
 from comfy_api.v0_0_2 import io
 
 from ..cove import frames
+from . import _host
 
 MAX_SIZE = 16384
 
@@ -34,7 +31,8 @@ class LoadFrames(io.ComfyNode):
                     "file",
                     options=_choices(),
                     upload=io.UploadType.video,
-                    tooltip="The video, or the folder of images (read in natural order), in ComfyUI's input folder.",
+                    tooltip="The video, or the folder of images (read in natural order), in ComfyUI's input folder. "
+                    "Subfolders are listed one level deep.",
                 ),
                 io.Int.Input(
                     "start",
@@ -95,26 +93,21 @@ class LoadFrames(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file=None) -> bool | str:
-        if file is None or folder_paths.exists_annotated_filepath(file):
-            return True
-        return f'Load Frames: "{file}" is not in ComfyUI\'s input folder. Choose another file, or upload this one.'
+        return _host.check_name(file, "Load Frames", folders=True)
 
     @classmethod
     def fingerprint_inputs(cls, file=None, **others) -> str:
-        path = Path(folder_paths.get_annotated_filepath(file or ""))
-        files = frames.image_files(path) if path.is_dir() else [path]
-        state = [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
-        return hashlib.sha256(repr(state).encode()).hexdigest()
+        return _host.state_of(file, frames.image_files)
 
     @classmethod
     def execute(cls, file, start, count, stride, width, height, fit) -> io.NodeOutput:
+        path = _host.path_of(file, "Load Frames", folders=True)
         bar = comfy.utils.ProgressBar(1)
 
         def progress(done: int, total: int) -> None:
             comfy.model_management.throw_exception_if_processing_interrupted()
             bar.update_absolute(done, total)
 
-        path = folder_paths.get_annotated_filepath(file)
         try:
             images, fps = frames.read_frames(path, start, count, stride, width, height, fit, progress)
         except ValueError as error:
@@ -124,11 +117,13 @@ class LoadFrames(io.ComfyNode):
 
 def _choices() -> list[str]:
     """Videos of the input folder and of its subfolders, and the subfolders that hold images, one level deep."""
-    root = Path(folder_paths.get_input_directory())
-    folders = [entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != "."]
-    names = [f"{folder}/{file}" for folder in folders for file in os.listdir(root / folder)] + os.listdir(root)
-    videos = [name for name in folder_paths.filter_files_content_types(names, ["video"]) if (root / name).is_file()]
-    return sorted(videos) + sorted(folder for folder in folders if frames.image_files(root / folder))
+    root = folder_paths.get_input_directory()
+    top = _host.listed(root)
+    folders = [name for name, is_folder in top if is_folder]
+    entries = [top, *(_host.listed(root, folder) for folder in folders)]
+    files = [name for entry in entries for name, is_folder in entry if not is_folder]
+    shown = {name.rpartition("/")[0] for name in files if name.lower().endswith(frames.IMAGE_SUFFIXES)}
+    return sorted(folder_paths.filter_files_content_types(files, ["video"])) + sorted(shown - {""})
 
 
 NODES = [LoadFrames]

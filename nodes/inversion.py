@@ -25,7 +25,8 @@ class SaveInversion(io.ComfyNode):
                 io.String.Input(
                     "filename_prefix",
                     default="cove/clip",
-                    tooltip="Folder and beginning of the name in the output folder; a number is added.",
+                    tooltip="Folder and beginning of the name in the output folder; a number is added. "
+                    "Load Inversion lists the output folder itself and its subfolder `cove`.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -56,7 +57,8 @@ class LoadInversion(io.ComfyNode):
                 io.Combo.Input(
                     "file",
                     options=_host.saved_files(ENDING),
-                    tooltip="An inversion in ComfyUI's output or input folder, newest first.",
+                    tooltip="A saved inversion, newest first. Lists ComfyUI's output and input folders and the "
+                    "subfolder `cove` of each.",
                 ),
                 io.Model.Input("model", tooltip="Of the checkpoint that the clip was inverted with."),
                 io.Latent.Input(
@@ -74,7 +76,7 @@ class LoadInversion(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file=None) -> bool | str:
-        return _host.is_there(file, "Load Inversion")
+        return _host.check_name(file, "Load Inversion")
 
     @classmethod
     def fingerprint_inputs(cls, file=None, **others) -> str:
@@ -83,10 +85,11 @@ class LoadInversion(io.ComfyNode):
     @classmethod
     def execute(cls, file, model, latent=None) -> io.NodeOutput:
         node = "Load Inversion"
+        path = _host.path_of(file, node)
         _host.unet_of(model, node)
         try:
-            inversion = Inversion.load(_host.path_of(file))
-        except ValueError as error:
+            inversion = Inversion.load(path)
+        except (OSError, ValueError) as error:
             raise ValueError(f"{node}: {error}") from error
         _host.check_fits(inversion, model, node, latent)
         noise = model.model.process_latent_out(inversion.noise)

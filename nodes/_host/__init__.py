@@ -8,11 +8,11 @@ from comfy_api.v0_0_2 import io
 from .attention import GuidedSelfAttention, guide_self_attention
 from .clip import check_same_space, image_embeddings, text_embedding
 from .demo import load_demo
-from .files import check_space, is_there, path_of, place_to_save, saved_files, saving, state_of
+from .files import check_name, check_space, listed, path_of, place_to_save, saved_files, saving, state_of
 from .identity import check_fits, conditioning_of
 from .injection import KEY as INJECTION_KEY
 from .injection import inject, sites_of
-from .inversion import RECOMPUTE, STORAGES, invert, plan_storage
+from .inversion import RECOMPUTE, STORAGES, invert, left_unfinished, plan_storage
 from .model import captured, decoder_level_end, grid_at, self_attention_levels, sigmas_at, unet_of
 from .run_info import KEY as ATTENTION_KEY
 from .sampling import (
@@ -52,6 +52,7 @@ __all__ = [
     "check_conditioning",
     "check_finite",
     "check_fits",
+    "check_name",
     "check_same_space",
     "check_space",
     "check_start",
@@ -65,7 +66,8 @@ __all__ = [
     "image_embeddings",
     "inject",
     "invert",
-    "is_there",
+    "left_unfinished",
+    "listed",
     "load_demo",
     "path_of",
     "place_to_save",

@@ -1,46 +1,174 @@
-"""Where the pack's own files are saved, and how they are found again."""
+"""Files that a user, or a client of the API, names: read and written inside ComfyUI's folders only."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import folder_paths
 
+KINDS = ("input", "output", "temp")  # the host's folders, as it annotates names: "clip.mp4 [output]"
+SUBFOLDER = "cove"  # of `filename_prefix`, by default
 
-def place_to_save(prefix: str, ending: str, node: str) -> Path:
-    """A new numbered name in ComfyUI's output folder."""
-    root = folder_paths.get_output_directory()
-    if not Path(root, prefix).resolve().is_relative_to(Path(root).resolve()):
-        raise ValueError(f'{node}: filename_prefix "{prefix}" leaves the output folder; name a place inside of it.')
-    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, root)
-    return Path(folder) / f"{name}_{counter:05}_{ending}"
+
+# --- containment ---
+
+
+def _stays_inside(name: str) -> bool:
+    """Whether a relative name stays in its folder as far as its spelling tells, on every system by Windows' rules."""
+    spelled = PureWindowsPath(name)
+    return bool(spelled.parts) and not spelled.anchor and ".." not in spelled.parts and "\0" not in name
+
+
+def _resolve(root: str, *parts: str) -> Path | None:
+    """The path with every link resolved; None when it leads out of `root`, or is no name for this system."""
+    try:
+        path = Path(os.path.realpath(os.path.join(root, *parts)))
+    except (OSError, ValueError):
+        return None
+    return path if path.is_relative_to(os.path.realpath(root)) else None
+
+
+# --- reading ---
+
+
+def path_of(name: str | None, node: str, folders: bool = False) -> Path:
+    """Return the path of the file that a node's input names, with links resolved.
+
+    Names are relative to the input folder, or to the folder in the host's annotation.
+
+    Args:
+        name: as a client of the API sent it.
+        node: display name, for errors.
+        folders: also accept a folder. It must hold no link that leads out.
+
+    Raises:
+        ValueError: the name leads out of its folder, with one message whatever is there; or nothing has that name.
+    """
+    what = "file or folder" if folders else "file"
+    if not isinstance(name, str):
+        raise ValueError(f"{node}: expected the name of a {what} in ComfyUI's input folder, got {name!r:.200}.")
+    bare, _ = folder_paths.annotated_filepath(name)
+    kind = next((kind for kind in KINDS if name.endswith(f"[{kind}]")), KINDS[0])
+    root = folder_paths.get_directory_by_type(kind)
+
+    def contained(bare: str) -> Path:
+        path = _resolve(root, bare) if _stays_inside(bare) else None
+        if path is None:
+            raise ValueError(
+                f"{node}: {bare!r:.200} does not name a {what} inside ComfyUI's {kind} folder. Absolute paths, drive "
+                f'letters, ".." and links that lead out of the folder are refused. Copy the {what} into it, or start '
+                f"ComfyUI with --{kind}-directory."
+            )
+        return path
+
+    path = contained(bare)
+    if folders and os.path.isdir(path):
+        try:
+            with os.scandir(path) as entries:
+                links = [entry.name for entry in entries if entry.is_symlink()]
+        except OSError as error:
+            raise ValueError(
+                f"{node}: the folder {name!r:.200} cannot be read ({error.strerror}). Change its permissions, or "
+                f"choose another."
+            ) from error
+        for link in links:
+            contained(f"{bare}/{link}")
+    elif not os.path.isfile(path):
+        raise ValueError(
+            f"{node}: there is no {what} {name!r:.200} in ComfyUI's {kind} folder. Press R to refresh the list and "
+            f"choose another, or put it there."
+        )
+    return path
+
+
+def check_name(name: str | None, node: str, folders: bool = False) -> bool | str:
+    """For a node's validation: True when `path_of` finds the file, or the name is not known yet, else its error."""
+    if name is None:
+        return True
+    try:
+        path_of(name, node, folders)
+    except ValueError as error:
+        return str(error)
+    return True
+
+
+def state_of(name: str | None, files_in: Callable[[Path], Iterable[Path]] | None = None) -> str:
+    """Return a digest that changes when the file does, or one of the files in the folder; "" when there is none.
+
+    Args:
+        files_in: the files that count in a folder; without it, a folder is refused.
+    """
+    try:
+        path = path_of(name, "", files_in is not None)
+        files = files_in(path) if files_in and path.is_dir() else [path]
+        stats = [(str(file), file.stat()) for file in files]
+    except (OSError, ValueError):  # `execute` says what is wrong
+        return ""
+    return hashlib.sha256(repr([(file, stat.st_mtime_ns, stat.st_size) for file, stat in stats]).encode()).hexdigest()
+
+
+def listed(root: str, folder: str = "") -> list[tuple[str, bool]]:
+    """What lies directly in a folder of `root`: names relative to `root`, and whether each is a folder.
+
+    Hidden entries and links that lead out of `root` are left out. What cannot be read is empty, because a list is made
+    whenever the page loads.
+    """
+    found = []
+    if _resolve(root, folder) is None:
+        return found
+    with suppress(OSError), os.scandir(os.path.join(root, folder)) as entries:
+        for entry in entries:
+            name = f"{folder}/{entry.name}" if folder else entry.name
+            if entry.name[0] == ".":
+                continue
+            if not entry.is_symlink():
+                found.append((name, entry.is_dir()))
+            elif _resolve(root, name) is not None:
+                found.append((name, os.path.isdir(entry)))
+    return found
 
 
 def saved_files(ending: str) -> list[str]:
-    """The files with this ending in ComfyUI's output and input folders, newest first, as the host annotates them."""
+    """Files with this ending, newest first, as the host annotates them.
+
+    Looks directly in the output and input folders and in the subfolder `cove` of each, and nowhere else: the list is
+    made at every page load and every queue.
+    """
     found = []
     for kind in ("output", "input"):
-        root = Path(folder_paths.get_directory_by_type(kind))
-        for path in root.rglob(f"*{ending}"):
-            with suppress(OSError):  # a link to nowhere, or a file that has gone meanwhile
-                found.append((path.stat().st_mtime, path.relative_to(root).as_posix(), kind))
+        root = folder_paths.get_directory_by_type(kind)
+        for name, is_folder in [*listed(root), *listed(root, SUBFOLDER)]:
+            if name.endswith(ending) and not is_folder:
+                with suppress(OSError):  # a link to nowhere, or a file that has gone meanwhile
+                    found.append((os.stat(os.path.join(root, name)).st_mtime, name, kind))
     return [f"{name} [{kind}]" for _, name, kind in sorted(found, reverse=True)]
 
 
-def path_of(file: str) -> Path:
-    """The path of one of `saved_files`."""
-    return Path(folder_paths.get_annotated_filepath(file))
+# --- writing ---
 
 
-def is_there(file: str | None, node: str) -> bool | str:
-    """For a node's validation: whether the file named can be loaded, else what to do."""
-    if file is None or path_of(file).is_file():
-        return True
-    return f'{node}: there is no file "{file}". Press R to refresh the list, and choose another.'
+def place_to_save(prefix: str, ending: str, node: str) -> Path:
+    """Return a new numbered name in ComfyUI's output folder, and make its folder."""
+    root = folder_paths.get_output_directory()
+    if _stays_inside(prefix):
+        parts = list(PureWindowsPath(prefix).parts)
+        with saving(node):
+            # The host fills in %year% and its like, but makes folders as well, wherever a link leads: one part at a
+            # time makes none.
+            parts = [folder_paths.get_save_image_path(part, root)[1] if "%" in part else part for part in parts]
+            if _resolve(root, *parts[:-1], parts[-1] + ending) is not None:
+                folder, name, counter, _, _ = folder_paths.get_save_image_path("/".join(parts), root)
+                return Path(folder) / f"{name}_{counter:05}_{ending}"
+    raise ValueError(
+        f"{node}: filename_prefix {prefix!r:.200} does not name a file inside ComfyUI's output folder. Absolute paths, "
+        f'drive letters, ".." and links that lead out of the folder are refused. Choose a prefix such as '
+        f'"{SUBFOLDER}/clip", or start ComfyUI with --output-directory.'
+    )
 
 
 @contextmanager
@@ -59,12 +187,3 @@ def check_space(folder: Path, size: int, node: str) -> None:
         raise ValueError(
             f"{node}: this takes {size / 2**30:.2f} GiB, but {free / 2**30:.2f} GiB are free in {folder}. Make room."
         )
-
-
-def state_of(file: str) -> str:
-    """Changes when the file does."""
-    try:
-        state = path_of(file).stat()
-    except OSError:
-        return ""
-    return hashlib.sha256(repr((file, state.st_mtime_ns, state.st_size)).encode()).hexdigest()

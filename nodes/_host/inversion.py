@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...cove import __version__, ddim
 from ...cove.injection import Site
-from ...cove.inversion import Inversion, UnfinishedInversion, on_disk, step_at
+from ...cove.inversion import Inversion, UnfinishedInversion, on_disk, step_at, unfinished_in
 from . import injection
 from .files import saving
 from .identity import model_fingerprint, run_fingerprint, source_prompt
@@ -117,13 +117,13 @@ def invert(
     `tell` shows a line to the user, as `say` does.
     """
     unfinished = UnfinishedInversion(
-        Path(folder_paths.get_user_directory()) / "cove" / "unfinished",
-        run_fingerprint(model, conditioning, latent["samples"], sigmas, refinements),
+        _unfinished_folder(), run_fingerprint(model, conditioning, latent["samples"], sigmas, refinements)
     )
-    steps = unfinished.steps()
-    if steps:
-        tell(f"going on after step {len(steps)} of {len(sigmas) - 1}, where this inversion was broken off")
-    recorder = _Recorder(storage, refinements, unfinished, steps, node, tell)
+    steps, count = unfinished.steps(), len(sigmas) - 1
+    resumed = f"going on after step {len(steps)} of {count}, where this inversion was broken off; " if steps else ""
+    kept, line = _make_room(unfinished, unfinished.size_of(count, latent["samples"].shape))
+    tell(resumed + line)
+    recorder = _Recorder(storage, refinements, unfinished if kept else None, steps, node, tell)
     patched = injection.with_sites(model) if storage.sites else model
     noise = run(patched, recorder, latent, sigmas, conditioning, node=node, callback=preview(model, len(sigmas) - 1))
     tensors, values = source_prompt(conditioning) or ({}, None)
@@ -143,13 +143,34 @@ def invert(
     return noise | {GRID_KEY: sigmas}, inversion
 
 
+def _unfinished_folder() -> Path:
+    return Path(folder_paths.get_user_directory()) / "cove" / "unfinished"
+
+
+def _make_room(unfinished: UnfinishedInversion, size: int) -> tuple[bool, str]:
+    """Whether an inversion of `size` bytes is kept while it is unfinished, and a line that says how large all are."""
+    kept, limit, others = unfinished.make_room(size), _spell(unfinished.LIMIT), unfinished.others()
+    if kept:
+        return kept, f"unfinished inversions use up to {_spell(others + size)} of {limit} in user/cove"
+    return kept, (
+        f"steps are not kept for resuming: {_spell(size)} and {_spell(others)} of other unfinished inversions exceed "
+        f"{limit} in user/cove"
+    )
+
+
+def left_unfinished() -> list[str]:
+    """A line that says how large the unfinished inversions are, when there are any."""
+    size, limit = sum(unfinished_in(_unfinished_folder()).values()), UnfinishedInversion.LIMIT
+    return [f"unfinished inversions use {_spell(size)} of {_spell(limit)} in user/cove"] if size else []
+
+
 @dataclass(eq=False)
 class _Recorder:
     """`cove.ddim.invert` as a sampler function of one run, which keeps what the run leaves behind."""
 
     storage: Storage
     refinements: int
-    unfinished: UnfinishedInversion
+    unfinished: UnfinishedInversion | None  # None when its steps are too large to be kept
     steps: list[dict[str, Tensor]]  # finished ones
     node: str
     tell: Callable[..., None]
@@ -179,7 +200,8 @@ class _Recorder:
                 numbers = {name: torch.tensor(found[name], dtype=dtype) for name, dtype in _NUMBERS.items()}
                 self.steps.append({"x": found["x"].cpu(), "guess": found["guess"].cpu()} | numbers)
                 try:
-                    self.unfinished.add(found["i"], self.steps[-1])
+                    if self.unfinished is not None:
+                        self.unfinished.add(found["i"], self.steps[-1])
                 except OSError as error:
                     logging.warning("%s: this step could not be kept for going on after a break: %s", self.node, error)
                 if self.refinements:
