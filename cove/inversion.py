@@ -237,7 +237,9 @@ def unfinished_in(folder: str | os.PathLike) -> dict[Path, int]:
 
 
 def _size(folder: Path) -> int:
-    """Bytes of the files in a folder; 0 when it is gone."""
-    with suppress(OSError):
-        return sum(file.lstat().st_size for file in folder.iterdir())
-    return 0
+    """Bytes of the files in a folder, without those that go meanwhile."""
+    size = 0
+    for file in folder.glob("*"):
+        with suppress(OSError):
+            size += file.lstat().st_size
+    return size

@@ -100,6 +100,31 @@ def test_only_what_is_needed_is_decoded(clip):
     assert seen == [(done, 7) for done in range(1, 8)]
 
 
+@pytest.mark.parametrize("link", ["{path}", "file://{path}", "../{name}", "{name}"])
+@pytest.mark.parametrize("name", ["list.m3u8", "list.ffconcat", "images/0.png"])
+def test_files_that_a_playlist_names_are_not_read(tmp_path, link, name):
+    path, listed = tmp_path / "outside.ts", tmp_path / "folder" / name
+    with av.open(str(path), "w", format="mpegts") as container:
+        stream = container.add_stream("libx264", rate=12)
+        stream.width, stream.height, stream.pix_fmt = 40, 24, "yuv420p"
+        for image in numbered(5):
+            pixels = (image * 255).byte().numpy()
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    target = link.format(path=path, name=path.name)
+    listed.parent.mkdir(parents=True)
+    (listed.parent / path.name).write_bytes(path.read_bytes())
+    if name.endswith("ffconcat"):
+        listed.write_text(f"ffconcat version 1.0\nfile {target}\n")
+    else:
+        listed.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{target}\n#EXT-X-ENDLIST\n")
+    if name.endswith("m3u8"):  # as FFmpeg reads it when nobody minds
+        with av.open(str(listed)) as container:
+            assert len(list(container.decode(video=0))) == 5
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        read_frames(listed.parent if name.endswith("png") else listed)
+
+
 def test_progress_can_stop_the_reading(clip):
     def stop(done, total):
         raise KeyboardInterrupt

@@ -1,5 +1,6 @@
 """Inversions that are broken off and taken up again give the same bits."""
 
+import importlib
 import shutil
 import time
 
@@ -162,6 +163,55 @@ def test_without_room_for_its_steps_an_inversion_still_ends(small, nodes, base, 
     finally:
         (base / "user" / "cove").unlink()
     assert "this step could not be kept" in caplog.text
+
+
+def limit(nodes, monkeypatch, size):
+    """Set the bytes that all unfinished inversions may take."""
+    module = importlib.import_module(f"{nodes['DDIMInversion'].__module__.partition('.')[0]}.cove.inversion")
+    monkeypatch.setattr(module.UnfinishedInversion, "LIMIT", size)
+    return module.UnfinishedInversion
+
+
+def test_the_size_of_unfinished_inversions_is_said_and_the_oldest_make_room(
+    small, nodes, break_off, unfinished, base, lines, monkeypatch
+):
+    one = 5 * (2 * 4 * latents()["samples"].numel() + 1024)
+    kept = limit(nodes, monkeypatch, 2 * one + 1)
+    assert kept.size_of(5, latents()["samples"].shape) == one
+
+    def used():
+        return sum(path.stat().st_size for path in (base / "user" / "cove").rglob("*.safetensors"))
+
+    for seed, steps in ((1, [[0, 1, 2]]), (2, [[0, 1, 2], [0, 1, 2]]), (3, [[0, 1, 2], [0, 1, 2]])):
+        others = 0 if seed == 1 else used() / min(2, seed - 1)
+        break_off(lambda seed=seed: invert(nodes, small, prompt(seed), steps=5), 3)
+        assert unfinished() == steps and used() <= 2 * one
+        size = f"{(one + others) / 2**20:.1f} MiB of {2 * one / 2**20:.1f} MiB"
+        (line,) = [line for line in lines() if line.startswith("unfinished inversions use up to")][seed - 1 :]
+        assert line == f"unfinished inversions use up to {size} in user/cove"
+    # The first was forgotten, the second goes on, and the node says what is left when it is done.
+    invert(nodes, small, prompt(2), steps=5)
+    assert [line.partition(";")[0] for line in lines() if line.startswith("going on after step 3 of 5")]
+    left = f"unfinished inversions use {used() / 2**20:.1f} MiB of {2 * one / 2**20:.1f} MiB in user/cove"
+    assert lines()[-1].endswith(left) and unfinished() == [[0, 1, 2]]
+    invert(nodes, small, prompt(1), steps=5)
+    assert len([line for line in lines() if line.startswith("going on")]) == 1
+
+
+def test_an_inversion_over_the_limit_runs_without_keeping_its_steps(
+    small, nodes, break_off, unfinished, lines, monkeypatch
+):
+    whole = invert(nodes, small, steps=5)[1]
+    break_off(lambda: invert(nodes, small, prompt(2), steps=2), 1)
+    one = 5 * (2 * 4 * latents()["samples"].numel() + 1024)
+    limit(nodes, monkeypatch, one - 1)
+    break_off(lambda: invert(nodes, small, steps=5), 3)
+    assert unfinished() == [[0]]  # the other one stays
+    (line,) = [line for line in lines() if line.startswith("steps are not kept for resuming: ")]
+    assert f"{one / 2**20:.1f} MiB and " in line and line.endswith(f"exceed {one / 2**20:.1f} MiB in user/cove")
+    with watched(small) as calls:
+        assert same(invert(nodes, small, steps=5)[1], whole)
+    assert len(calls) == 5
 
 
 def test_a_killed_server_goes_on_with_the_same_bits(host, base, models, tmp_path, monkeypatch):

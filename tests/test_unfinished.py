@@ -2,12 +2,13 @@
 
 import math
 import os
+import shutil
 
 import pytest
 import torch
 
 import cove.files
-from cove.inversion import UnfinishedInversion
+from cove.inversion import UnfinishedInversion, unfinished_in
 from tests.method_helpers import assert_same, full_disk, randn
 
 STEPS = 11
@@ -104,33 +105,103 @@ def test_discard_forgets_this_one_only(unfinished):
     unfinished.discard()  # nothing there any more
 
 
-def unfinished_ones(folder, count):
+def unfinished_ones(folder, count, steps=2):
     """Begun one after the other; the clock of a file system may be too coarse to tell."""
     for i in range(count):
         made = UnfinishedInversion(folder, f"{(7 * i) % 11:02}")  # names of another order
-        made.add(0, RECORDS[0])
-        made.add(1, RECORDS[1])
+        for step in range(steps):
+            made.add(step, RECORDS[step])
         os.utime(made.folder, (1000 + i, 1000 + i))
         yield made
 
 
-def test_only_the_latest_are_kept(tmp_path):
-    assert UnfinishedInversion.KEPT == 4
+def taken(folder):
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), LATENTS, (11, 4, 13, 17)])
+@pytest.mark.parametrize("steps", [1, 7])
+def test_size_of_is_just_above_what_the_steps_take(tmp_path, shape, steps):
+    made = UnfinishedInversion(tmp_path, "abc")
+    for step in range(steps):
+        made.add(step, record(step) | {name: randn(*shape, seed=step) for name in ("x", "guess")})
+    assert taken(tmp_path) <= made.size_of(steps, shape) < taken(tmp_path) + 1024 * steps
+
+
+def test_unfinished_in_lists_the_oldest_first_with_their_bytes(tmp_path):
     (tmp_path / "a file").write_text("is no unfinished inversion")
-    os.utime(tmp_path / "a file", (9000, 9000))  # the latest of all
-    ones = []
-    for one in unfinished_ones(tmp_path, 7):
-        ones.append(one)
-        assert [len(one.steps()) for one in ones] == [0] * (len(ones) - 4) + [2] * min(len(ones), 4)
-    assert (tmp_path / "a file").exists()
+    (tmp_path / "elsewhere").symlink_to(tmp_path)
+    ones = list(unfinished_ones(tmp_path, 5))
+    found = unfinished_in(tmp_path)
+    assert list(found) == [one.folder for one in ones] and sum(found.values()) == taken(tmp_path) - len(
+        "is no unfinished inversion"
+    )
+    assert ones[3].others() == sum(found.values()) - found[ones[3].folder]
+    assert unfinished_in(tmp_path / "missing") == {} and UnfinishedInversion(tmp_path / "missing", "a").others() == 0
 
 
-def test_only_beginning_one_forgets_others(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(UnfinishedInversion, "KEPT", 8)
-        ones = list(unfinished_ones(tmp_path, 7))
-    ones[2].add(2, RECORDS[2])
-    assert [len(one.steps()) for one in ones] == [2, 2, 3, 2, 2, 2, 2]
-    os.utime(ones[2].folder, (1002, 1002))
-    ones[0].add(0, RECORDS[0])  # the oldest, begun again: it stays, with the latest three
-    assert [len(one.steps()) for one in ones] == [2, 0, 0, 0, 2, 2, 2]
+@pytest.mark.parametrize("room", [0, 1, 3, 6])
+def test_make_room_removes_the_oldest_until_all_fits(tmp_path, monkeypatch, room):
+    (tmp_path / "a file").write_text("is no unfinished inversion")
+    ones = list(unfinished_ones(tmp_path, 7))
+    one = ones[0].others() // 6  # all are of one size
+    new = UnfinishedInversion(tmp_path, "new")
+    monkeypatch.setattr(UnfinishedInversion, "LIMIT", 7 * one)
+    assert new.make_room(room * one) is True
+    assert [len(some.steps()) for some in ones] == [0] * room + [2] * (7 - room)
+    # A byte more takes another one.
+    assert new.make_room(room * one + 1) is True
+    assert [len(some.steps()) for some in ones] == [0] * (room + 1) + [2] * (6 - room)
+    assert (tmp_path / "a file").exists() and new.steps() == []
+
+
+def test_make_room_keeps_its_own_steps(tmp_path, monkeypatch):
+    ones = list(unfinished_ones(tmp_path, 3))
+    one = ones[0].others() // 2
+    monkeypatch.setattr(UnfinishedInversion, "LIMIT", 3 * one)
+    assert ones[0].make_room(2 * one) is True  # the oldest goes on
+    assert [len(some.steps()) for some in ones] == [2, 0, 2]
+
+
+def test_make_room_refuses_what_alone_is_over_the_limit(tmp_path, monkeypatch):
+    ones = list(unfinished_ones(tmp_path, 5))
+    one = ones[0].others() // 4
+    monkeypatch.setattr(UnfinishedInversion, "LIMIT", 3 * one)
+    assert ones[4].make_room(3 * one + 1) is False
+    assert [len(some.steps()) for some in ones] == [0, 2, 2, 2, 0]  # nothing is removed for it, but what is over
+
+
+def test_make_room_says_when_others_cannot_be_removed(tmp_path, monkeypatch):
+    ones = list(unfinished_ones(tmp_path, 3))
+    monkeypatch.setattr(UnfinishedInversion, "LIMIT", ones[0].others())
+    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)
+    assert UnfinishedInversion(tmp_path, "new").make_room(1) is False
+
+
+def test_steps_never_exceed_the_limit(tmp_path, monkeypatch):
+    """Two processes may keep steps in one folder: neither knows how far the other will get."""
+    limit = UnfinishedInversion.size_of(7, LATENTS)
+    monkeypatch.setattr(UnfinishedInversion, "LIMIT", limit)
+    one, other = (UnfinishedInversion(tmp_path, name) for name in ("one", "other"))
+    assert one.make_room(one.size_of(5, LATENTS)) and other.make_room(other.size_of(5, LATENTS))
+    refused = 0
+    for step in range(5):
+        for made in (one, other):
+            try:
+                made.add(step, RECORDS[step])
+            except OSError:
+                refused += 1
+            assert taken(tmp_path) <= limit
+    assert refused and len(one.steps()) + len(other.steps()) + refused == 10
+    assert_same(one.steps(), RECORDS[: len(one.steps())])
+
+
+def test_a_step_is_kept_after_the_one_before_only(tmp_path):
+    made = UnfinishedInversion(tmp_path, "abc")
+    made.add(0, RECORDS[0])
+    with pytest.raises(OSError, match="step before"):
+        made.add(2, RECORDS[2])
+    made.discard()
+    with pytest.raises(OSError, match="step before"):
+        made.add(1, RECORDS[1])
+    assert not made.folder.exists()
