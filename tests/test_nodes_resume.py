@@ -169,32 +169,32 @@ def limit(nodes, monkeypatch, size):
     """Set the bytes that all unfinished inversions may take."""
     module = importlib.import_module(f"{nodes['DDIMInversion'].__module__.partition('.')[0]}.cove.inversion")
     monkeypatch.setattr(module.UnfinishedInversion, "LIMIT", size)
-    return module.UnfinishedInversion
 
 
 def test_the_size_of_unfinished_inversions_is_said_and_the_oldest_make_room(
     small, nodes, break_off, unfinished, base, lines, monkeypatch
 ):
-    one = 5 * (2 * 4 * latents()["samples"].numel() + 1024)
-    kept = limit(nodes, monkeypatch, 2 * one + 1)
-    assert kept.size_of(5, latents()["samples"].shape) == one
+    clip = latents(2, 23, 19)
+    one = 5 * (2 * 4 * clip["samples"].numel() + 1024)  # bytes of five steps
+    limit(nodes, monkeypatch, 9 * one // 5)
 
     def used():
         return sum(path.stat().st_size for path in (base / "user" / "cove").rglob("*.safetensors"))
 
-    for seed, steps in ((1, [[0, 1, 2]]), (2, [[0, 1, 2], [0, 1, 2]]), (3, [[0, 1, 2], [0, 1, 2]])):
-        others = 0 if seed == 1 else used() / min(2, seed - 1)
-        break_off(lambda seed=seed: invert(nodes, small, prompt(seed), steps=5), 3)
-        assert unfinished() == steps and used() <= 2 * one
-        size = f"{(one + others) / 2**20:.1f} MiB of {2 * one / 2**20:.1f} MiB"
-        (line,) = [line for line in lines() if line.startswith("unfinished inversions use up to")][seed - 1 :]
-        assert line == f"unfinished inversions use up to {size} in user/cove"
+    def mib(size):
+        return f"{size / 2**20:.1f} MiB"
+
+    for seed, others in ((1, 0), (2, 1), (3, 1)):
+        break_off(lambda seed=seed: invert(nodes, small, prompt(seed), clip, steps=5), 3)
+        assert unfinished() == [[0, 1, 2]] * (others + 1) and used() <= 9 * one // 5
+        size = one + used() * others / (others + 1)
+        assert lines()[-1] == f"unfinished inversions use up to {mib(size)} of {mib(9 * one / 5)} in user/cove"
     # The first was forgotten, the second goes on, and the node says what is left when it is done.
-    invert(nodes, small, prompt(2), steps=5)
-    assert [line.partition(";")[0] for line in lines() if line.startswith("going on after step 3 of 5")]
-    left = f"unfinished inversions use {used() / 2**20:.1f} MiB of {2 * one / 2**20:.1f} MiB in user/cove"
-    assert lines()[-1].endswith(left) and unfinished() == [[0, 1, 2]]
-    invert(nodes, small, prompt(1), steps=5)
+    invert(nodes, small, prompt(2), clip, steps=5)
+    assert [line for line in lines() if line.startswith("going on after step 3 of 5, ") and line.endswith("user/cove")]
+    left = f"unfinished inversions use {mib(used())} of {mib(9 * one / 5)} in user/cove"
+    assert used() and lines()[-1].endswith(left) and unfinished() == [[0, 1, 2]]
+    invert(nodes, small, prompt(1), clip, steps=5)
     assert len([line for line in lines() if line.startswith("going on")]) == 1
 
 
