@@ -93,7 +93,7 @@ def test_files_that_are_no_inversion(small, nodes, saved, base):
 
 def test_where_it_cannot_be_saved(small, nodes, base, monkeypatch):
     _, inversion = invert(nodes, small, steps=1)
-    with refused("Save Inversion", '"../there"', "leaves the output folder"):
+    with refused("Save Inversion", "'../there'", "inside ComfyUI's output folder"):
         call(nodes["SaveInversion"], inversion=inversion, filename_prefix="../there")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=inversion.bytes - 1))
     with refused("Save Inversion", "GiB are free", "Make room"):
@@ -187,5 +187,5 @@ def test_a_correspondence_is_loaded_as_it_was_saved(small, nodes, base, lines):
     assert node.fingerprint_inputs(file=file) != state
     path.unlink()
     assert "there is no file" in node.validate_inputs(file=file)
-    with refused("Save Correspondence", "leaves the output folder"):
+    with refused("Save Correspondence", "inside ComfyUI's output folder"):
         call(nodes["SaveCorrespondence"], correspondence=found, filename_prefix="../test")

@@ -115,8 +115,8 @@ def state_of(name: str | None, files_in: Callable[[Path], Iterable[Path]] | None
 def listed(root: str, folder: str = "") -> list[tuple[str, bool]]:
     """What lies directly in a folder of `root`: names relative to `root`, and whether each is a folder.
 
-    Hidden entries and links that lead out of `root` are left out. What cannot be read is empty, because a list is made
-    whenever the page loads.
+    Hidden entries are left out, and links that lead nowhere or out of `root`. A folder that cannot be read is empty,
+    because the page needs its lists to load.
     """
     found = []
     if _resolve(root, folder) is None:
@@ -128,7 +128,7 @@ def listed(root: str, folder: str = "") -> list[tuple[str, bool]]:
                 continue
             if not entry.is_symlink():
                 found.append((name, entry.is_dir()))
-            elif _resolve(root, name) is not None:
+            elif _resolve(root, name) is not None and os.path.exists(entry):
                 found.append((name, os.path.isdir(entry)))
     return found
 
@@ -144,7 +144,7 @@ def saved_files(ending: str) -> list[str]:
         root = folder_paths.get_directory_by_type(kind)
         for name, is_folder in [*listed(root), *listed(root, SUBFOLDER)]:
             if name.endswith(ending) and not is_folder:
-                with suppress(OSError):  # a link to nowhere, or a file that has gone meanwhile
+                with suppress(OSError):  # a file that has gone meanwhile
                     found.append((os.stat(os.path.join(root, name)).st_mtime, name, kind))
     return [f"{name} [{kind}]" for _, name, kind in sorted(found, reverse=True)]
 
