@@ -112,7 +112,7 @@ def state_of(name: str | None, files_in: Callable[[Path], Iterable[Path]] | None
     return hashlib.sha256(repr([(file, stat.st_mtime_ns, stat.st_size) for file, stat in stats]).encode()).hexdigest()
 
 
-def listed(root: str, folder: str = "") -> list[tuple[str, bool]]:
+def listed(root: str, folder: str = "", ending: str = "") -> list[tuple[str, bool]]:
     """What lies directly in a folder of `root`: names relative to `root`, and whether each is a folder.
 
     Hidden entries are left out, and links that lead nowhere or out of `root`. A folder that cannot be read is empty,
@@ -123,9 +123,9 @@ def listed(root: str, folder: str = "") -> list[tuple[str, bool]]:
         return found
     with suppress(OSError), os.scandir(os.path.join(root, folder)) as entries:
         for entry in entries:
-            name = f"{folder}/{entry.name}" if folder else entry.name
-            if entry.name[0] == ".":
+            if entry.name[0] == "." or not entry.name.endswith(ending):
                 continue
+            name = f"{folder}/{entry.name}" if folder else entry.name
             if not entry.is_symlink():
                 found.append((name, entry.is_dir()))
             elif _resolve(root, name) is not None and os.path.exists(entry):
@@ -142,8 +142,8 @@ def saved_files(ending: str) -> list[str]:
     found = []
     for kind in ("output", "input"):
         root = folder_paths.get_directory_by_type(kind)
-        for name, is_folder in [*listed(root), *listed(root, SUBFOLDER)]:
-            if name.endswith(ending) and not is_folder:
+        for name, is_folder in [*listed(root, "", ending), *listed(root, SUBFOLDER, ending)]:
+            if not is_folder:
                 with suppress(OSError):  # a file that has gone meanwhile
                     found.append((os.stat(os.path.join(root, name)).st_mtime, name, kind))
     return [f"{name} [{kind}]" for _, name, kind in sorted(found, reverse=True)]
