@@ -114,8 +114,8 @@ class DDIMInversion(io.ComfyNode):
         kept = sampling_sigmas(model, sampling_steps)[:-1][:feature_steps]
         plan, size = _host.plan_storage(model, storage, sites, sigmas, kept, latent["samples"].shape, node)
         tell = partial(_host.say, cls)
-        tell(size)
-        noise, inversion = _host.invert(model, conditioning, latent, sigmas, refinements, plan, node=node, tell=tell)
+        options = {"node": node, "line": size, "tell": tell}
+        noise, inversion = _host.invert(model, conditioning, latent, sigmas, refinements, plan, **options)
         tell("; ".join([inversion.quality(), size, *_host.left_unfinished()]))
         return io.NodeOutput(noise, inversion)
 

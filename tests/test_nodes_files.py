@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from cove.correspondence import Correspondence
+from cove.files import whole_file
 from cove.frames import write_frames
 from scripts.host import PromptFailed
 from tests.helpers import call, refused
@@ -345,16 +346,15 @@ def test_prefixes_that_stay_inside_are_saved_there(nodes, folders, prefix, file)
     assert found == [f"{expected}.correspondence.safetensors"]
 
 
-def test_what_is_saved_beside_a_planted_link_stays_inside(nodes, folders):
-    target = folders.outside / "precious"
+def test_whole_file_does_not_write_through_a_planted_link(tmp_path):
+    target, path = tmp_path / "precious", tmp_path / "output" / "a.safetensors"
     target.write_text("as it was")
-    (folders.output / "cove").mkdir()
-    name = f".clip_00001_.correspondence.safetensors.{os.getpid()}.tmp"
-    (folders.output / "cove" / name).symlink_to(target)
-    call(nodes["SaveCorrespondence"], correspondence=matches())
-    assert target.read_text() == "as it was"
-    (saved,) = (folders.output / "cove").iterdir()
-    assert saved.is_file() and not saved.is_symlink()
+    path.parent.mkdir()
+    for link in (path.with_name(f".{path.name}.{os.getpid()}.tmp"), path):
+        link.symlink_to(target)
+    with whole_file(path) as temporary:
+        temporary.write_text("new")
+    assert target.read_text() == "as it was" and path.read_text() == "new" and not path.is_symlink()
 
 
 def test_what_cannot_be_written_names_the_node(nodes, folders):

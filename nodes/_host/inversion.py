@@ -110,19 +110,20 @@ def invert(
     storage: Storage,
     *,
     node: str,
+    line: str,
     tell: Callable[..., None],
 ) -> tuple[dict[str, Any], Inversion]:
     """The noise as a LATENT, and the inversion. Goes on where the same inversion was broken off before.
 
-    `tell` shows a line to the user, as `say` does.
+    `tell` shows a line to the user, as `say` does: first `line`, with what is kept of the run while it is unfinished.
     """
     unfinished = UnfinishedInversion(
         _unfinished_folder(), run_fingerprint(model, conditioning, latent["samples"], sigmas, refinements)
     )
     steps, count = unfinished.steps(), len(sigmas) - 1
     resumed = f"going on after step {len(steps)} of {count}, where this inversion was broken off; " if steps else ""
-    kept, line = _make_room(unfinished, unfinished.size_of(count, latent["samples"].shape))
-    tell(resumed + line)
+    kept, room = _make_room(unfinished, unfinished.size_of(count, latent["samples"].shape))
+    tell(f"{resumed}{line}; {room}")
     recorder = _Recorder(storage, refinements, unfinished if kept else None, steps, node, tell)
     patched = injection.with_sites(model) if storage.sites else model
     noise = run(patched, recorder, latent, sigmas, conditioning, node=node, callback=preview(model, len(sigmas) - 1))
