@@ -51,7 +51,7 @@ class Step:
         matches = find_correspondence(torch.randn(frames, *size, 32, generator=generator))
         self.latent = {"samples": torch.randn(frames, 4, *size, generator=generator)}
         self.text = [[torch.randn(1, 77, 768, generator=generator), {}]]
-        self.sigmas = self.host.sigmas_at(model, [481])
+        self.sigmas = self.host.sigmas_at(model, [481], "benchmark")
         self.models = {
             name: self.host.guide_self_attention(
                 model, None if ratio is None else matches, ratio or 0.0, True, 0.0, 1.0, node="benchmark"

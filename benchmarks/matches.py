@@ -65,7 +65,7 @@ class Probe:
         """By timestep and one of NOISES."""
         latent = {"samples": self.vae.encode(pictures)}
         prompt = self.text.encode_from_tokens_scheduled(self.text.tokenize(words))
-        sigmas = self.host.sigmas_at(self.model, list(TIMESTEPS))
+        sigmas = self.host.sigmas_at(self.model, list(TIMESTEPS), "benchmark")
         found: dict[tuple[int, str], Levels] = {}
 
         def probe(denoise, x, _sigmas, extra_args, callback, disable):
@@ -97,7 +97,7 @@ class Probe:
 
                 # Where inversion stands at each timestep: noise that every frame has of itself.
                 timesteps = [timestep for timestep in inversion_timesteps(50, 50) if timestep <= TIMESTEPS[-1]]
-                grid = torch.cat((torch.zeros(1), self.host.sigmas_at(self.model, timesteps)))
+                grid = torch.cat((torch.zeros(1), self.host.sigmas_at(self.model, timesteps, "benchmark")))
 
                 def stands(step: dict) -> None:
                     levels = last()

@@ -106,12 +106,12 @@ class DDIMInversion(io.ComfyNode):
             timesteps = ddim.inversion_timesteps(steps, sampling_steps)
         except ValueError as error:
             raise ValueError(f"{node}: {error}") from error
-        sigmas = torch.cat((torch.zeros(1), _host.sigmas_at(model, timesteps)))
+        sigmas = torch.cat((torch.zeros(1), _host.sigmas_at(model, timesteps, node)))
         _host.check_channels(model, latent["samples"], node)
         _host.check_unmasked(latent, node)
         _host.check_conditioning(conditioning, latent, node)
         sites = _host.sites_of(model, resnet_blocks, attention_blocks, node)
-        kept = sampling_sigmas(model, sampling_steps)[:-1][:feature_steps]
+        kept = sampling_sigmas(model, sampling_steps, node)[:-1][:feature_steps]
         plan, size = _host.plan_storage(model, storage, sites, sigmas, kept, latent["samples"].shape, node)
         tell = partial(_host.say, cls)
         options = {"node": node, "line": size, "tell": tell}
@@ -154,7 +154,7 @@ class DDIMSampler(io.ComfyNode):
     def execute(cls, model, positive, negative, noise, steps, cfg) -> io.NodeOutput:
         node = "DDIM Sampler"
         _host.unet_of(model, node)
-        sigmas = sampling_sigmas(model, steps)
+        sigmas = sampling_sigmas(model, steps, node)
         _host.check_start(noise, sigmas, node)
         _host.check_conditioning([*positive, *negative], noise, node)
         options = {"node": node, "callback": _host.preview(model, steps)}
@@ -189,14 +189,14 @@ class DDIMSamplerSelect(io.ComfyNode):
     def execute(cls, model, steps, noise=None) -> io.NodeOutput:
         node = "DDIM Sampler (for SamplerCustomAdvanced)"
         _host.unet_of(model, node)
-        sigmas = sampling_sigmas(model, steps)
+        sigmas = sampling_sigmas(model, steps, node)
         _host.check_start(noise or {}, sigmas, node)
         return io.NodeOutput(KSAMPLER(ddim.sample), sigmas)
 
 
-def sampling_sigmas(model, steps: int) -> torch.Tensor:
+def sampling_sigmas(model, steps: int, node: str) -> torch.Tensor:
     """The model's sigmas from the noisiest timestep of the grid down to 0, [steps + 1]."""
-    return torch.cat((_host.sigmas_at(model, ddim.sampling_timesteps(steps)).flip(0), torch.zeros(1)))
+    return torch.cat((_host.sigmas_at(model, ddim.sampling_timesteps(steps), node).flip(0), torch.zeros(1)))
 
 
 NODES = [DDIMInversion, DDIMSampler, DDIMSamplerSelect]

@@ -116,7 +116,7 @@ class DiffusionFeatures(io.ComfyNode):
             found.append(features.diffusion_features(decode, x, sigmas[0], grid, ensemble, batch_size, seed, progress))
             return x
 
-        sigmas = _host.sigmas_at(model, [timestep])
+        sigmas = _host.sigmas_at(model, [timestep], node)
         source = _host.plain_conditioning(model, conditioning)
         _host.check_conditioning(source, latent, node)
         _host.run(model, probe, latent, sigmas, source, node=node)

@@ -92,7 +92,7 @@ class LoadInversion(io.ComfyNode):
         except (OSError, ValueError) as error:
             raise ValueError(f"{node}: {error}") from error
         _host.check_fits(inversion, model, node, latent)
-        noise = model.model.process_latent_out(inversion.noise)
+        noise = model.get_model_object("latent_format").process_out(inversion.noise)
         _host.say(cls, f"{inversion.frames} frames, {len(inversion.sigmas) - 1} steps; {inversion.quality()}")
         return io.NodeOutput({"samples": noise, _host.GRID_KEY: inversion.sigmas}, inversion)
 

@@ -111,7 +111,7 @@ def check_fits(inversion: Inversion, model, node: str, latent: Mapping[str, Any]
         )
     if latent is None:
         return
-    clip = model.model.process_latent_in(latent["samples"].float().cpu())
+    clip = model.get_model_object("latent_format").process_in(latent["samples"].float().cpu())
     if clip.shape != inversion.clip.shape:
         raise ValueError(
             f"{node}: this inversion is of latents {list(inversion.clip.shape)}, but the clip connected has "

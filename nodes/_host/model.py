@@ -5,49 +5,118 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import comfy.model_base
 import torch
-from comfy.ldm.modules.attention import SpatialTransformer
+from comfy.ldm.modules.attention import SpatialTransformer, SpatialVideoTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, UNetModel, Upsample
+from comfy.model_sampling import ModelSamplingDiscrete
 from torch import Tensor
+
+from ...cove.ddim import MOST_STEPS, TRAIN_TIMESTEPS, sampling_timesteps
 
 Block = tuple[str, int]
 
 
 def unet_of(model, node: str) -> UNetModel:
-    """The UNet of an SD-type MODEL, or an error that says what came instead."""
-    unet = model.get_model_object("diffusion_model")
-    predicts = (comfy.model_base.ModelType.EPS, comfy.model_base.ModelType.V_PREDICTION)
-    if not isinstance(unet, UNetModel) or model.model.model_type not in predicts:
+    """Return the UNet of an SD-type MODEL; ValueError when MODEL is another architecture or cannot be inverted."""
+    unet, name = model.get_model_object("diffusion_model"), type(model.model).__name__
+    if not isinstance(unet, UNetModel):
         raise ValueError(
-            f"{node}: expected a Stable Diffusion UNet (SD1.5, SD2.x or SDXL, predicting epsilon or v) as `model`, "
-            f"got {type(model.model).__name__} ({type(unet).__name__}, {model.model.model_type.name}). "
-            f"Load such a checkpoint."
+            f"{node}: expected a Stable Diffusion UNet (SD1.5, SD2.x or SDXL) as `model`, got {name} "
+            f"({type(unet).__name__}). Load such a checkpoint."
+        )
+    if any(isinstance(part, SpatialVideoTransformer) for part in unet.modules()):
+        raise ValueError(
+            f"{node}: expected an image model (SD1.5, SD2.x or SDXL), got the video model {name}, which runs on all "
+            f"frames as one clip. Load such a checkpoint."
+        )
+    sampling = model.get_model_object("model_sampling")
+    if not _denoises(sampling):
+        raise ValueError(
+            f"{node}: expected a model that removes noise from latents + sigma * noise (epsilon, v, x0, EDM or LCM "
+            f"prediction), got {name} with {_name_of(sampling)}. Remove the node that set this model sampling, or load "
+            f"another checkpoint."
         )
     return unet
+
+
+def _denoises(sampling) -> bool:
+    """Whether noise is added as DDIM in sigma needs it, to latents that reach the UNet scaled down with sigma.
+
+    Flow models mix latents and noise; image-to-image models (Lotus) take latents as they are, without noise.
+    """
+    sigma, latent = torch.as_tensor(sampling.sigma_max).detach().float().cpu().reshape(1), torch.ones(1)
+    noisy = sampling.noise_scaling(sigma, torch.ones(1), latent)
+    plain = torch.allclose(noisy, latent + sigma) and torch.equal(sampling.inverse_noise_scaling(sigma, latent), latent)
+    return plain and float(sampling.calculate_input(sigma, noisy)) < 2
+
+
+def _name_of(sampling) -> str:
+    """Names of the host's schedule and prediction; the class that joins them is made when a model is loaded."""
+    return " and ".join(base.__name__ for base in type(sampling).__bases__)
+
+
+def sigmas_at(model, timesteps: list[int], node: str) -> Tensor:
+    """Return sigma at each of SD's timesteps 0 to 999 for MODEL as it is patched now, float32.
+
+    A model that counts the same timesteps has a sigma of its own at each. Other models are conditioned on a function of
+    sigma (EDM, continuous v, Cascade); for them a timestep is the signal-to-noise ratio that SD's schedule has at it.
+
+    Args:
+        timesteps: ascending. ValueError when sigma does not rise from each to the next: a distilled model (LCM) has
+            fewer noise levels.
+    """
+    sampling = model.get_model_object("model_sampling")
+
+    def sigmas_of(some: list[int]) -> Tensor:
+        if float(sampling.timestep(sampling.sigma_max)) == TRAIN_TIMESTEPS - 1:
+            return sampling.sigma(torch.tensor(some, dtype=torch.float32)).float()
+        return ModelSamplingDiscrete().sigmas[some] * sampling.sigma_data
+
+    sigmas = sigmas_of(timesteps)
+    if not (sigmas[1:] > sigmas[:-1]).all():
+        levels = sigmas_of(list(range(TRAIN_TIMESTEPS)))
+        grids = {steps: levels[sampling_timesteps(steps)] for steps in range(1, MOST_STEPS + 1)}
+        most = max(steps for steps, grid in grids.items() if (grid[1:] > grid[:-1]).all())
+        raise ValueError(
+            f"{node}: expected steps that each have another noise level, but {_name_of(sampling)} has too few levels "
+            f"for timesteps {timesteps[:3]} and so on. With this model, inversion and sampling can take at most {most} "
+            f"steps."
+        )
+    return sigmas
 
 
 def block_levels(unet: UNetModel) -> dict[Block, int]:
     """Each block, and how many times its grid has been halved from latent size."""
     levels, level = {}, 0
-    for name, blocks in (("input", unet.input_blocks), ("middle", [unet.middle_block]), ("output", unet.output_blocks)):
-        for number, block in enumerate(blocks):
-            levels[name, number] = level
-            level += sum(isinstance(layer, Downsample) for layer in block)
-            level -= sum(isinstance(layer, Upsample) for layer in block)
+    for place, block in _blocks(unet).items():
+        levels[place] = level
+        level += sum(isinstance(layer, Downsample) for layer in block)
+        level -= sum(isinstance(layer, Upsample) for layer in block)
     return levels
+
+
+def _blocks(unet: UNetModel) -> dict[Block, torch.nn.Module]:
+    """Every block in the order in which it runs. Distilled UNets (KOALA) have no middle block."""
+    middle = [] if unet.middle_block is None else [unet.middle_block]
+    parts = {"input": unet.input_blocks, "middle": middle, "output": unet.output_blocks}
+    return {(part, number): block for part, blocks in parts.items() for number, block in enumerate(blocks)}
 
 
 def self_attention_levels(unet: UNetModel) -> dict[Block, int]:
     """`block_levels` of the blocks with self-attention."""
-    blocks = {"input": unet.input_blocks, "middle": [unet.middle_block], "output": unet.output_blocks}
     levels = block_levels(unet)
-    return {(name, number): levels[name, number] for name, number in levels if transformers_of(blocks[name][number])}
+    return {place: levels[place] for place, block in _blocks(unet).items() if transformers_of(block)}
 
 
 def transformers_of(block: torch.nn.Module) -> list[torch.nn.Module]:
-    """The transformer blocks in a block of the UNet, in the order of the host's block_index."""
-    return [part for layer in block if isinstance(layer, SpatialTransformer) for part in layer.transformer_blocks]
+    """The transformer blocks with self-attention in a block of the UNet, in the order of the host's block_index.
+
+    Where a UNet has no self-attention (outer levels of the x4 upscaler and SDXS), `attn1` attends to the prompt.
+    """
+    transformers = [
+        part for layer in block if isinstance(layer, SpatialTransformer) for part in layer.transformer_blocks
+    ]
+    return [] if any(part.disable_self_attn for part in transformers) else transformers
 
 
 def grid_at(latent_size: tuple[int, int], level: int) -> tuple[int, int]:
@@ -73,8 +142,3 @@ def captured(layer: torch.nn.Module) -> Iterator[list[Tensor]]:
         yield outputs
     finally:
         hook.remove()
-
-
-def sigmas_at(model, timesteps: list[int]) -> Tensor:
-    """The model's sigma at each timestep of its training schedule, float32."""
-    return model.get_model_object("model_sampling").sigmas[timesteps].float().cpu()

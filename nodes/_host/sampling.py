@@ -75,10 +75,9 @@ def plain_conditioning(model, conditioning=None):
         text, extras = conditioning[0]
         cut = ("control", "control_apply_to_uncond", "area", "mask", "gligen", "start_percent", "end_percent", "hooks")
         return [[text, {name: value for name, value in extras.items() if name not in cut}]]
-    unet = model.model.model_config.unet_config
-    # SDXL's vector holds the pooled text and six sizes of 256 numbers each.
-    pooled = torch.zeros(1, max(0, (unet.get("adm_in_channels") or 0) - 6 * 256))
-    return [[torch.zeros(1, 77, unet["context_dim"]), {"pooled_output": pooled}]]
+    width = model.model.model_config.unet_config["context_dim"]
+    # SDXL and its refiner need the pooled text of their larger encoder, 1280 numbers; other models ignore it.
+    return [[torch.zeros(1, 77, width), {"pooled_output": torch.zeros(1, 1280)}]]
 
 
 def preview(model, steps: int) -> Callable:
