@@ -61,13 +61,18 @@ def tiny(kind: str = "two levels", seed: int = 0):
 
     Each is made once: a test must leave it as it was.
     """
-    import comfy.model_patcher
     import comfy.supported_models
 
     family = comfy.supported_models.SDXL if kind == "sdxl" else comfy.supported_models.SD15
     config = {"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "dtype": torch.float32}
     config |= {"use_spatial_transformer": True, "legacy": False, "use_checkpoint": False} | UNETS[kind]
-    model = family(config).get_model({}, "")
+    return with_random_weights(family(config).get_model({}, ""), seed)
+
+
+def with_random_weights(model, seed: int = 0, share: float = 1.0):
+    """The MODEL of a host's model of 32 channels, whose answer is `share` times its input and a random rest."""
+    import comfy.model_patcher
+
     unet, generator = model.diffusion_model, torch.Generator().manual_seed(seed)
     end = f"output_blocks.{len(unet.output_blocks) - 1}."
     with torch.no_grad():
@@ -83,8 +88,8 @@ def tiny(kind: str = "two levels", seed: int = 0):
         first[:8] = 0
         first[range(8), [0, 1, 2, 3] * 2, 1, 1] = torch.tensor([1.0] * 4 + [-1.0] * 4)
         last.weight[range(8), range(-32, -24)] += 1.0
-        head.weight[range(4), range(4), 1, 1] += 1.0
-        head.weight[range(4), range(4, 8), 1, 1] -= 1.0
+        head.weight[range(4), range(4), 1, 1] += share
+        head.weight[range(4), range(4, 8), 1, 1] -= share
     cpu = torch.device("cpu")
     return comfy.model_patcher.ModelPatcher(model.eval(), cpu, cpu)
 

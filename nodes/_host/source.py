@@ -71,7 +71,9 @@ class SourceBranch:
         """For a run: its extra_args, with the prompt made ready as the host makes ready those of the guider."""
         conds = {"positive": comfy.sampler_helpers.convert_cond(self.conditioning)}
         try:
-            comfy.samplers.process_conds(guider.inner_model, noise, conds, noise.device, seed=extra_args.get("seed"))
+            # Inpainting models look at the latents for their size, as they did in the inversion.
+            options = {"latent_image": self.inversion.clip.to(noise), "seed": extra_args.get("seed")}
+            comfy.samplers.process_conds(guider.inner_model, noise, conds, noise.device, **options)
             told = options_with(extra_args["model_options"], **{self.key: tuple(conds["positive"])})
             yield {**extra_args, "model_options": told}
         finally:
