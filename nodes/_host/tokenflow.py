@@ -162,6 +162,8 @@ def _of_area(flow: _Flow, fields: Tensor, area: tuple[int, ...] | None, options:
     level, part = flow.levels[options["block"]], options["activations_shape"][2:]
     if area is not None:
         whole, corner = grid_at(latent_size(options), level), (area[2] >> level, area[3] >> level)
+        if fields.shape[-1] != math.prod(whole):
+            raise _other_tokens(f"{fields.shape[-1]} in the source", whole, flow.source.node)
         return crop_matches(fields.transpose(1, 2), whole, *corner, *part).transpose(1, 2)
     if fields.shape[-1] != math.prod(part):
         raise _other_tokens(f"{fields.shape[-1]} in the source", part, flow.source.node)
@@ -171,7 +173,7 @@ def _of_area(flow: _Flow, fields: Tensor, area: tuple[int, ...] | None, options:
 def _other_tokens(came: str, grid: list[int], node: str) -> ValueError:
     return ValueError(
         f"{node}: expected a grid of {grid[0]}x{grid[1]} tokens, got {came}. Another node changes them (ToMe, "
-        f"HyperTile or the like); take it off this model."
+        f"HyperTile, Deep Shrink beside an area of the prompt, or the like); take it off this model."
     )
 
 
