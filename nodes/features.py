@@ -92,6 +92,7 @@ class DiffusionFeatures(io.ComfyNode):
         _host.check_without(model, _host.ATTENTION_KEY, "Correspondence Attention", node)
         _host.check_without(model, _host.INJECTION_KEY, "Feature Injection", node)
         _host.check_without(model, _host.TOKENFLOW_KEY, "TokenFlow", node)
+        _host.check_not_compiled(model, node)
         layer = _host.decoder_level_end(unet, level, node)
         grids = sorted(set(_host.self_attention_levels(unet).values()))
         if attention_level >= len(grids):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.helpers import latents, predict, prompt
+from tests.helpers import call, latents, predict, prompt
 from tests.inversion_helpers import guide, windows_of
 
 
@@ -37,7 +37,10 @@ def test_correspondence_attention_answers_in_a_compiled_model_as_in_a_plain_one(
         "windows": windows_of(small, "evolved after", lambda model: guide(nodes, model, longer)),
     }
     graphs = {name: compiled(model) for name, model in plain.items()}
-    plain["before"], graphs["before"] = plain["part"], guide(nodes, compiled(small), **part)
+    (features, _) = call(nodes["DiffusionFeatures"], model=small, latent=latents())
+    (matches,) = call(nodes["Correspondence"], features=features, window=3)
+    wires = {"model": compiled(small), "correspondence": matches}
+    plain["before"], graphs["before"] = plain["part"], call(nodes["CorrespondenceAttention"], **wires, **part)[0]
     area = [*prompt(4, area=(3, 4, 1, 2), strength=1.0), *prompt(1)]
     calls = [("part", latents(), prompt(1), sigma) for sigma in (3.0, 9.0, 0.1)]
     calls += [("other", latents(), prompt(1), 3.0), ("part", latents(), prompt(3), 3.0), ("part", latents(), area, 3.0)]

@@ -7,7 +7,20 @@ import torch
 from torch.testing import assert_close
 
 from tests.helpers import FRAMES, HEIGHT, WIDTH, call, hints, latents, prompt, refused, state_of
-from tests.inversion_helpers import ALL, SITES, ask, down, edited_at, inject, invert, sample, source_at, tiny, watched
+from tests.inversion_helpers import (
+    ALL,
+    SITES,
+    ask,
+    down,
+    edited_at,
+    flow,
+    inject,
+    invert,
+    sample,
+    source_at,
+    tiny,
+    watched,
+)
 
 # --- beside other nodes ---
 
@@ -125,13 +138,18 @@ def test_a_compiled_model(comfy, small, nodes, compiled_first):
     def compiled(model):
         return TorchCompileModel.execute(model, "inductor").args[0]
 
-    wrong = ("compiled model", "Take TorchCompileModel off")
+    wrong = ("expected a model that is not compiled", "Remove TorchCompileModel")
     noise, inversion = invert(nodes, small, steps=2, sampling_steps=2)
     model = inject(nodes, compiled(small), inversion) if compiled_first else compiled(inject(nodes, small, inversion))
     with refused("Feature Injection", *wrong), watched(small) as calls:
         sample(nodes, model, noise, steps=2)
     with refused("DDIM Inversion", *wrong):
         invert(nodes, compiled(small), storage="memory", **ALL)
+    with refused("Diffusion Features", *wrong):
+        call(nodes["DiffusionFeatures"], model=compiled(small), latent=latents())
+    flowing = flow(nodes, compiled(small), inversion) if compiled_first else compiled(flow(nodes, small, inversion))
+    with refused("TokenFlow", *wrong):
+        sample(nodes, flowing, noise, steps=2)
     assert not calls
 
 

@@ -127,10 +127,11 @@ def check_without(model, key: str, other: str, node: str) -> None:
 
 
 def check_not_compiled(model, node: str) -> None:
-    """An error when the UNet of MODEL is compiled: compiled code does not call hooks that come after it."""
+    """Raise when the UNet of MODEL is compiled: compiled code never runs hooks that come after it."""
     if model.get_wrappers(comfy.patcher_extension.WrappersMP.APPLY_MODEL, COMPILE_KEY):
         raise ValueError(
-            f"{node}: features cannot be taken from a compiled model, nor put back. Take TorchCompileModel off it."
+            f"{node}: expected a model that is not compiled, whose UNet would not run this node's hooks. Remove "
+            f"TorchCompileModel from this model."
         )
 
 

@@ -21,6 +21,7 @@ from .attention import check_slots
 from .frames import Cut, check_rows, cut_conds, frames_in
 from .model import Block, grid_at, self_attention_levels, unet_of
 from .run_info import area_of, latent_size, options_with, publish_run
+from .sampling import check_not_compiled
 from .source import ATTENTION, RUNNING, SourceBranch, check_meets, check_one_prompt
 
 KEY = "cove_tokenflow"
@@ -216,6 +217,7 @@ def _check_run(flow: _Flow, patches, executor, noise: Tensor, latent_image, samp
     """Before a run: is this the clip and the grid of the inversion, and is the patch still in its place?"""
     guider, source = executor.class_obj, flow.source
     check_slots(guider.model_options, source.node, patches)
+    check_not_compiled(guider.model_patcher, source.node)
     source.check_clip(noise)
     check_meets(source.inversion.sigmas, sigmas[:-1].tolist(), source.node)
     source.check_prompt()
