@@ -102,6 +102,7 @@ class DDIMInversion(io.ComfyNode):
         _host.unet_of(model, node)
         _host.check_without(model, _host.INJECTION_KEY, "Feature Injection", node)
         _host.check_without(model, _host.TOKENFLOW_KEY, "TokenFlow", node)
+        _host.check_no_step_cache(model.wrappers, node)
         try:
             timesteps = ddim.inversion_timesteps(steps, sampling_steps)
         except ValueError as error:
@@ -148,6 +149,7 @@ class DDIMSampler(io.ComfyNode):
                 ),
             ],
             outputs=[io.Latent.Output()],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -157,6 +159,8 @@ class DDIMSampler(io.ComfyNode):
         sigmas = sampling_sigmas(model, steps, node)
         _host.check_start(noise, sigmas, node)
         _host.check_conditioning([*positive, *negative], noise, node)
+        _host.check_channels(model, noise["samples"], node)
+        _host.warn_of_start(model, noise, sigmas[0], partial(_host.say, cls))
         options = {"node": node, "callback": _host.preview(model, steps)}
         return io.NodeOutput(_host.run(model, ddim.sample, noise, sigmas, positive, negative, cfg, **options))
 
@@ -183,6 +187,7 @@ class DDIMSamplerSelect(io.ComfyNode):
                 ),
             ],
             outputs=[io.Sampler.Output(), io.Sigmas.Output()],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -190,8 +195,12 @@ class DDIMSamplerSelect(io.ComfyNode):
         node = "DDIM Sampler (for SamplerCustomAdvanced)"
         _host.unet_of(model, node)
         sigmas = sampling_sigmas(model, steps, node)
-        _host.check_start(noise or {}, sigmas, node)
-        return io.NodeOutput(KSAMPLER(ddim.sample), sigmas)
+        tell = partial(_host.say, cls)
+        if noise is not None:
+            _host.check_start(noise, sigmas, node)
+            _host.check_channels(model, noise["samples"], node)
+            _host.warn_of_start(model, noise, sigmas[0], tell)
+        return io.NodeOutput(KSAMPLER(partial(_host.sample_from_noise, tell)), sigmas)
 
 
 def sampling_sigmas(model, steps: int, node: str) -> torch.Tensor:

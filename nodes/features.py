@@ -93,6 +93,7 @@ class DiffusionFeatures(io.ComfyNode):
         _host.check_without(model, _host.INJECTION_KEY, "Feature Injection", node)
         _host.check_without(model, _host.TOKENFLOW_KEY, "TokenFlow", node)
         _host.check_not_compiled(model, node)
+        _host.check_no_step_cache(model.wrappers, node)
         layer = _host.decoder_level_end(unet, level, node)
         grids = sorted(set(_host.self_attention_levels(unet).values()))
         if attention_level >= len(grids):
@@ -109,6 +110,8 @@ class DiffusionFeatures(io.ComfyNode):
             def decode(noisy: Tensor, frames: range) -> Tensor:
                 with _host.captured(layer) as outputs:
                     _host.run_unet(denoise, noisy, frames, sigmas[0], extra_args["model_options"])
+                if not outputs:
+                    raise _host.skipped(node, float(sigmas[0]))
                 if len(outputs) != 1:
                     raise RuntimeError(f"{node}: the UNet's decoder ran {len(outputs)} times, expected once")
                 return outputs[0]

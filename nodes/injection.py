@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from comfy_api.v0_0_2 import io
 
 from ..cove.injection import AUTO
@@ -49,6 +51,7 @@ class FeatureInjection(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output()],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -66,7 +69,9 @@ class FeatureInjection(io.ComfyNode):
         sites = _host.sites_of(model, resnet_blocks, attention_blocks, node)
         _host.check_fits(inversion, model, node)
         source = _host.conditioning_of(inversion) if conditioning is None else conditioning
-        patched = _host.inject(model, inversion, sites, resnet_steps, attention_steps, source, node)
+        patched = _host.inject(
+            model, inversion, sites, resnet_steps, attention_steps, source, node, partial(_host.say, cls)
+        )
         return io.NodeOutput(patched)
 
 

@@ -94,7 +94,7 @@ class LoadInversion(io.ComfyNode):
         _host.check_fits(inversion, model, node, latent)
         noise = model.get_model_object("latent_format").process_out(inversion.noise)
         _host.say(cls, f"{inversion.frames} frames, {len(inversion.sigmas) - 1} steps; {inversion.quality()}")
-        return io.NodeOutput({"samples": noise, _host.GRID_KEY: inversion.sigmas}, inversion)
+        return io.NodeOutput({"samples": noise, **_host.noise_of(inversion)}, inversion)
 
 
 NODES = [SaveInversion, LoadInversion]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from comfy_api.v0_0_2 import io
 
 from . import _host
@@ -53,6 +55,7 @@ class TokenFlow(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output()],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -61,7 +64,8 @@ class TokenFlow(io.ComfyNode):
         _host.unet_of(model, node)
         _host.check_fits(inversion, model, node)
         source = _host.conditioning_of(inversion) if conditioning is None else conditioning
-        return io.NodeOutput(_host.flow_tokens(model, inversion, every, blend_keyframes, seed, source, node))
+        tell = partial(_host.say, cls)
+        return io.NodeOutput(_host.flow_tokens(model, inversion, every, blend_keyframes, seed, source, node, tell))
 
 
 NODES = [TokenFlow]

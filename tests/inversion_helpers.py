@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.helpers import WINDOWS, call, latents, prompt
@@ -92,6 +93,19 @@ def with_random_weights(model, seed: int = 0, share: float = 1.0):
         head.weight[range(4), range(4, 8), 1, 1] -= share
     cpu = torch.device("cpu")
     return comfy.model_patcher.ModelPatcher(model.eval(), cpu, cpu)
+
+
+def small_lora(folder, seed: int = 0) -> str:
+    """Path of a LoRA of the MODEL of two levels, written to a folder."""
+    generator = torch.Generator().manual_seed(seed)
+    name = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_"
+    tensors = {}
+    for part in ("q", "v"):
+        tensors[f"{name}{part}.lora_down.weight"] = torch.randn(2, 32, generator=generator)
+        tensors[f"{name}{part}.lora_up.weight"] = torch.randn(32, 2, generator=generator)
+    path = folder / f"small_lora_{seed}.safetensors"
+    save_file(tensors, path)
+    return str(path)
 
 
 # --- nodes in one line ---

@@ -166,20 +166,68 @@ def test_things_whose_content_is_not_known_are_refused(thing, nested):
         fingerprint(nested(thing))
 
 
+def value_of(thing):
+    return {"value": thing.value}
+
+
 def test_known_stands_for_the_rest():
+    asked, unknown = [], Unknown([A, 2])
+
     def known(thing):
         asked.append(thing)
-        return {"value": thing.value}
+        return value_of(thing)
 
-    asked, unknown = [], Unknown([A, 2])
-    found = fingerprint({"a": [1, Pair(unknown)], "b": content()}, known=known)
+    def found(thing, known=value_of):
+        return fingerprint({"a": [1, Pair(thing)], "b": content()}, known=known)
+
+    assert found(unknown, known) == found(Unknown([A, 2]))
     assert asked == [unknown]  # what is known already is not asked for
-    assert found == fingerprint({"a": [1, Pair({"value": [A, 2]})], "b": content()})
-    assert found != fingerprint({"a": [1, Pair(Unknown([A, 3]))], "b": content()}, known=known)
+    assert len({found(thing) for thing in (unknown, Unknown([A, 3]), Unknown([A]), {"value": [A, 2]}, None)}) == 5
 
 
 def test_known_may_give_what_it_knows_itself():
-    assert fingerprint(Unknown(Unknown(5)), known=lambda thing: thing.value) == fingerprint(5)
-    assert fingerprint(Unknown({"a": Unknown(5)}), known=lambda thing: thing.value) == fingerprint({"a": 5})
+    nested = [Unknown(5), Unknown(Unknown(5)), Unknown({"a": Unknown(5)}), Unknown({"a": Unknown(6)})]
+    assert len({fingerprint(thing, known=value_of) for thing in nested}) == len(nested)
+    assert fingerprint(Unknown(Unknown(5)), known=value_of) == fingerprint(nested[1], known=value_of)
     with pytest.raises(TypeError, match="complex is not known"):
         fingerprint(Unknown(1j), known=lambda thing: None if not hasattr(thing, "value") else fingerprint(thing.value))
+
+
+def ring(*values):
+    """Objects that hold the next one each, and the last the first."""
+    things = [Unknown([value]) for value in values]
+    for thing, after in zip(things, things[1:] + things[:1], strict=True):
+        thing.value.append(after)
+    return things[0]
+
+
+def test_what_holds_itself_is_read_once():
+    rings = [ring(1), ring(1, 1), ring(1, 2), ring(2, 1), ring(1, 2, 3)]
+    assert len({fingerprint(thing, known=value_of) for thing in rings}) == len(rings)
+    assert fingerprint(ring(1, 2, 3), known=value_of) == fingerprint(rings[-1], known=value_of)
+    many = Unknown(1)
+    for _ in range(100):  # two ways each: without a memory of what was read, 2**100
+        many = Unknown([many, many])
+    assert len(fingerprint(many, known=value_of)) == 64
+
+
+class Named(dict):
+    pass
+
+
+def test_what_a_container_has_beside_its_content_counts():
+    def known(thing):
+        return dict(thing), vars(thing)
+
+    one, other = Named(a=1), Named(a=1)
+    assert fingerprint(one, known=known) == fingerprint(other, known=known)
+    one.strength, other.strength = 1, 2
+    assert fingerprint(one, known=known) != fingerprint(other, known=known)
+
+
+def test_keys_with_an_address_are_sorted_by_their_content():
+    def table(values):
+        return {Unknown(value): value for value in values}
+
+    assert fingerprint(table([1, 2, 3]), known=value_of) == fingerprint(table([3, 1, 2]), known=value_of)
+    assert fingerprint(table([1, 2, 3]), known=value_of) != fingerprint(table([1, 2, 4]), known=value_of)

@@ -125,23 +125,22 @@ def test_another_inversion_begins_anew(small, nodes, break_off, lines, what):
     assert any("going on after step 2 of 4" in line for line in lines())
 
 
-def test_an_error_keeps_the_steps_before_it(small, nodes, unfinished):
+def test_an_error_keeps_the_steps_before_it(small, nodes, unfinished, monkeypatch):
     whole = invert(nodes, small, steps=4)[1]
-    outcome = {"broken": True}
+    apply_model, asked = type(small.model).apply_model, []
 
-    def third_fails(apply_model, arguments):
+    def third_fails(self, *args, **arguments):
         asked.append(1)
-        result = apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
-        return result * torch.nan if len(asked) == 3 and outcome["broken"] else result
+        return apply_model(self, *args, **arguments) * (torch.nan if len(asked) == 3 else 1)
 
-    model, asked = small.clone(), []
-    model.set_model_unet_function_wrapper(third_fails)
-    state = state_of(model)
-    with refused("DDIM Inversion", "inversion step 3 of 4", error=FloatingPointError):
-        invert(nodes, model, steps=4)
-    assert unfinished() == [[0, 1]] and state_of(model) == state
-    outcome["broken"], asked[:] = False, []
-    assert same(invert(nodes, model, steps=4)[1], whole) and len(asked) == 2
+    with monkeypatch.context() as patched:
+        patched.setattr(type(small.model), "apply_model", third_fails)
+        with refused("DDIM Inversion", "inversion step 3 of 4", error=FloatingPointError):
+            invert(nodes, small, steps=4)
+    assert unfinished() == [[0, 1]]
+    with watched(small) as calls:
+        assert same(invert(nodes, small, steps=4)[1], whole)
+    assert len(calls) == 2
 
 
 def test_steps_where_refining_made_it_worse_are_taken_up_again(small, nodes, break_off):

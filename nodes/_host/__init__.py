@@ -12,11 +12,10 @@ from .files import check_name, check_space, listed, path_of, place_to_save, save
 from .identity import check_fits, conditioning_of
 from .injection import KEY as INJECTION_KEY
 from .injection import inject, sites_of
-from .inversion import RECOMPUTE, STORAGES, invert, left_unfinished, plan_storage
+from .inversion import RECOMPUTE, STORAGES, invert, left_unfinished, noise_of, plan_storage
 from .model import captured, decoder_level_end, grid_at, self_attention_levels, sigmas_at, unet_of
 from .run_info import KEY as ATTENTION_KEY
 from .sampling import (
-    GRID_KEY,
     check_channels,
     check_conditioning,
     check_finite,
@@ -30,8 +29,10 @@ from .sampling import (
     run_unet,
     say,
 )
+from .start import sample_from_noise, warn_of_start
 from .tokenflow import KEY as TOKENFLOW_KEY
 from .tokenflow import flow_tokens
+from .visits import check_no_step_cache, skipped
 
 FeaturesType = io.Custom("COVE_FEATURES")
 CorrespondenceType = io.Custom("COVE_CORRESPONDENCE")
@@ -39,7 +40,6 @@ InversionType = io.Custom("COVE_INVERSION")
 
 __all__ = [
     "ATTENTION_KEY",
-    "GRID_KEY",
     "INJECTION_KEY",
     "RECOMPUTE",
     "STORAGES",
@@ -54,6 +54,7 @@ __all__ = [
     "check_finite",
     "check_fits",
     "check_name",
+    "check_no_step_cache",
     "check_not_compiled",
     "check_same_space",
     "check_space",
@@ -71,6 +72,7 @@ __all__ = [
     "left_unfinished",
     "listed",
     "load_demo",
+    "noise_of",
     "path_of",
     "place_to_save",
     "plain_conditioning",
@@ -78,13 +80,16 @@ __all__ = [
     "preview",
     "run",
     "run_unet",
+    "sample_from_noise",
     "saved_files",
     "saving",
     "say",
     "self_attention_levels",
     "sigmas_at",
     "sites_of",
+    "skipped",
     "state_of",
     "text_embedding",
     "unet_of",
+    "warn_of_start",
 ]

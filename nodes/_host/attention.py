@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...cove.attention import correspondence_attention, spatial_temporal_attention
 from ...cove.correspondence import Correspondence
+from ...cove.fingerprint import fingerprint
 from .attend import attend_with
 from .frames import check_rows
 from .model import Block, grid_at, self_attention_levels, unet_of
@@ -21,6 +22,10 @@ from .run_info import KEY, area_of, frames_of, latent_size, publish_run, sigma_o
 
 # Core nodes that change how many tokens self-attention sees, by the file they stand in.
 TOKEN_CHANGERS = {"nodes_tomesd": "Patch ToMe", "nodes_hypertile": "HyperTile"}
+
+
+# sigma_start and sigma_end of a patch that is on from 0 % to 100 %.
+WHOLE_RUN = (999999999.9, 0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +132,36 @@ def guide_self_attention(
     model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, KEY, partial(_check_run, node, patches))
     publish_run(model)
     return model
+
+
+def guidance_of(model_options: dict[str, Any]) -> dict[str, str] | None:
+    """A description of the Correspondence Attention on a MODEL, and a fingerprint of it; None without the node."""
+    replaced = model_options.get("transformer_options", {}).get("patches_replace", {}).get("attn1", {})
+    patches = [patch for patch in replaced.values() if isinstance(patch, GuidedSelfAttention)]
+    if not patches:
+        return None
+    first = patches[0]
+    matches = first.correspondence
+    parts = [f"window {matches.window}, K {matches.k}, merge {first.merge_ratio:g}"] if matches is not None else []
+    parts += ["no correspondence"] * (matches is None) + ["own frame"] * (not first.all_frames)
+    parts += ["include_self"] * first.include_self
+    model_sigmas = first.sigma_start, first.sigma_end
+    if model_sigmas != WHOLE_RUN:
+        parts.append(f"sigma {first.sigma_start:.3g} to {first.sigma_end:.3g}")
+    settings = (first.merge_ratio, first.all_frames, *model_sigmas, first.include_self)
+    return {"name": f"Correspondence Attention ({', '.join(parts)})", "fingerprint": fingerprint(matches, settings)}
+
+
+def guidance_differs(inverted: dict[str, str] | None, model_options: dict[str, Any]) -> str | None:
+    """A line that says how self-attention differs from that of the inversion; None when it does not."""
+    sampled = guidance_of(model_options)
+    if inverted == sampled:
+        return None
+    then, now = (found["name"] if found else "without Correspondence Attention" for found in (inverted, sampled))
+    if then == now:
+        now = "another correspondence of the same settings"
+    then, now = (text if text.startswith("without") else f"with {text}" for text in (then, now))
+    return f"inverted {then}, sampled {now}: the clip comes back exactly only with the model that inverted it"
 
 
 def check_slots(model_options: dict[str, Any], node: str, patches: dict[Block, Any] | None = None):

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import uuid
-import weakref
 from collections.abc import Mapping
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from comfy.controlnet import ControlBase
-from comfy.weight_adapter import WeightAdapterBase
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...cove import __version__
 from ...cove.fingerprint import fingerprint
 from ...cove.inversion import Inversion
 from .sampling import check_channels
-
-# Things whose content is not known count as themselves, as long as they live: addresses are used again.
-_NAMES: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 
 def model_fingerprint(model) -> str:
@@ -34,49 +31,116 @@ def model_fingerprint(model) -> str:
 
 
 def run_fingerprint(model, conditioning, samples: Tensor, sigmas: Tensor, refinements: int) -> str:
-    """Of everything that decides the latents of an inversion."""
-    options = model.model_options
-    patches = {**options.get("transformer_options", {}), "wrappers": None, "callbacks": None}
-    wrappers = {
-        kind: {key: made for key, made in some.items() if not str(key).startswith("cove")}
-        for kind, some in model.wrappers.items()
-    }
-    others = {name: value for name, value in options.items() if name != "transformer_options"}
-    return fingerprint(
-        *(model_fingerprint(model), dict(model.patches), patches, others, wrappers, dict(model.object_patches)),
-        *(dict(model.injections), dict(model.hook_patches), model.forced_hooks),
-        *(
-            str(model.model.get_dtype()),
-            str(model.load_device),
-            conditioning,
-            samples,
-            sigmas,
-            refinements,
-            __version__,
-        ),
-        known=_content,
-    )
+    """Of everything that decides the latents of an inversion.
 
-
-def _content(thing: Any) -> Any:
-    """What stands for a thing of the host's: its content where that is known, else a name nothing else ever has."""
-    if isinstance(thing, torch.dtype | torch.device):
-        return str(thing)
-    if isinstance(thing, WeightAdapterBase):
-        return type(thing).__qualname__, thing.weights
-    if isinstance(thing, ControlBase):
-        net = getattr(thing, "control_model", None)
-        weights = [weight.detach().flatten()[:256].cpu() for weight in net.parameters()][::16] if net else None
-        hint = getattr(thing, "cond_hint_original", None)
-        settings = (thing.strength, thing.timestep_percent_range, thing.global_average_pooling, thing.extra_args)
-        more = (thing.extra_concat_orig, thing.vae)
-        if weights is not None:
-            return type(thing).__qualname__, settings, more, hint, weights, thing.previous_controlnet
-    name = uuid.uuid4().hex
+    What cannot be read is never the same twice, so that an inversion which it decides begins anew after a break.
+    """
+    things = (model_fingerprint(model), model, conditioning, samples, sigmas, refinements, __version__)
     try:
-        return _NAMES.setdefault(thing, name)
-    except TypeError:  # it cannot be told from its like, so it is never taken for what it was before
-        return name
+        return fingerprint(*things, known=_Contents(model))
+    except RecursionError:  # objects within objects without end
+        return uuid.uuid4().hex
+
+
+# What the host's own ControlNets keep for as long as a run lasts.
+OF_A_RUN = {"cond_hint", "extra_concat", "timestep_range", "model_sampling_current", "control_input"}
+
+# Of a MODEL: all that nodes can put on it.
+PUT_ON_MODELS = ("patches", "object_patches", "weight_wrapper_patches", "model_options", "wrappers", "callbacks")
+PUT_ON_MODELS += ("injections", "hook_patches", "forced_hooks", "attachments", "additional_models")
+PUT_ON_MODELS += ("force_cast_weights",)
+
+# What the host sets on the networks that it loads.
+SET_BY_LOADING = {"device", "current_patcher", "current_weight_patches_uuid"}
+LOADING = ("comfy_", "prev_comfy_", "model_", "lowvram_", "weight_", "bias_", "dynamic_")
+
+MOST = 100_000  # objects; what holds more is not read
+
+
+class _Contents:
+    """What stands for an object in a fingerprint: what it is made of, else a name that nothing else ever has."""
+
+    def __init__(self, model):
+        self.count = 0
+        # Weights of MODEL as they were loaded, whatever LoRA is in them now.
+        weights = dict(model.model.named_parameters())
+        self.unpatched = {id(weights[name]): held.weight for name, held in model.backup.items() if name in weights}
+
+    def __call__(self, thing: Any) -> Any:
+        self.count += 1
+        if self.count > MOST:
+            return uuid.uuid4().hex
+        if isinstance(thing, torch.dtype | torch.device):
+            return str(thing)
+        if isinstance(thing, type):
+            return "class", [f"{base.__module__}.{base.__qualname__}" for base in thing.__mro__]
+        if isinstance(thing, ModuleType):
+            return "module", thing.__name__
+        if isinstance(thing, ModelPatcher):
+            put = {name: getattr(thing, name, None) for name in PUT_ON_MODELS}
+            return type(thing), put, thing.model, str(thing.model_dtype()), str(thing.load_device)
+        if isinstance(thing, torch.nn.Module):
+            return self._network(thing)
+        if isinstance(thing, FunctionType):
+            return self._function(thing)
+        if isinstance(thing, CodeType):
+            return thing.co_code, thing.co_consts, thing.co_names, thing.co_varnames, thing.co_freevars
+        if isinstance(thing, MethodType):
+            return "method", thing.__func__, thing.__self__
+        if isinstance(thing, set | frozenset):
+            return type(thing), sorted(fingerprint(item, known=self) for item in thing), vars_of(thing)
+        if isinstance(thing, ControlBase):
+            return type(thing), {name: value for name, value in vars(thing).items() if name not in OF_A_RUN}
+        return self._parts(thing)
+
+    def _parts(self, thing: Any) -> Any:
+        """An object as pickling takes it apart, and its attributes."""
+        try:
+            made = thing.__reduce_ex__(4)
+        except Exception:  # whatever it raises: it says that it cannot be taken apart
+            return uuid.uuid4().hex
+        if isinstance(made, str):
+            return type(thing), made
+        how, arguments, state, items, pairs = (*made, None, None, None)[:5]
+        return type(thing), how, arguments, state, list(items or ()), list(pairs or ()), vars_of(thing)
+
+    def _function(self, function: FunctionType) -> Any:
+        """Its code, what it closes over and what of its module it reads, if that is a plain value."""
+        reads = {name: function.__globals__.get(name) for name in function.__code__.co_names}
+        plain = {name: value for name, value in reads.items() if isinstance(value, bool | int | float | str | Tensor)}
+        held = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
+        name = f"{function.__module__}.{function.__qualname__}"
+        return name, function.__code__, function.__defaults__, function.__kwdefaults__, held, plain, vars_of(function)
+
+    def _network(self, network: torch.nn.Module) -> Any:
+        """Its classes, a sample of its weights, and the settings of those of its modules that are not the host's."""
+        sample = {}
+        for name, weight in (*network.named_parameters(), *network.named_buffers()):
+            weight = self.unpatched.get(id(weight), weight)
+            some = weight.detach().flatten()
+            some = some if len(some) <= 4 * SAMPLE else torch.cat((some[:SAMPLE], some[-SAMPLE:]))
+            sample[name] = list(weight.shape), some.cpu()
+        bare = not any(True for _ in network.parameters())  # a schedule, for instance: it is its settings
+        parts = {}
+        for name, part in network.named_modules():
+            own = bare or type(part).__module__.partition(".")[0] not in ("torch", "comfy")
+            parts[name] = type(part), _settings(part) if own else None
+        return sample, parts
+
+
+SAMPLE = 256  # numbers at either end of a weight
+
+
+def _settings(module: torch.nn.Module) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith(("_", *LOADING)) and name not in SET_BY_LOADING and name != "training"
+    }
+
+
+def vars_of(thing: Any) -> dict[str, Any]:
+    return dict(getattr(thing, "__dict__", {}))
 
 
 def source_prompt(conditioning) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

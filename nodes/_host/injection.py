@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,9 +18,10 @@ from ...cove.injection import ATTENTION, RESNET, Site, choose_blocks, put_back
 from ...cove.inversion import Inversion
 from .frames import frames_in
 from .model import block_levels, grid_at, transformers_of, unet_of
-from .run_info import area_of, latent_size, options_with, publish_run
+from .run_info import area_of, latent_size, options_with, publish_run, sigma_of
 from .sampling import check_not_compiled
 from .source import FEATURES, RUNNING, SourceBranch, check_meets, check_one_prompt
+from .visits import Evaluations, Visits, check_no_step_cache, skipped
 
 KEY, COMPUTED = "cove_injection", "cove_injection_computed"
 
@@ -82,8 +83,14 @@ class Taking:
         """What was taken; the next pass of the UNet is of other latents."""
         self.taken, self.prompt = {}, None
 
-    def of_clip(self) -> dict[str, Tensor]:
+    def check(self, sigma: float) -> None:
+        """An error when a site was not visited."""
+        if not self.taken or any(self.sites - taken.keys() for taken in self.taken.values()):
+            raise skipped(self.node, sigma)
+
+    def of_clip(self, sigma: float) -> dict[str, Tensor]:
         """What was taken of the whole clip at once."""
+        self.check(sigma)
         if self.taken.keys() != {None}:
             raise ValueError(
                 f"{self.node}: features cannot be stored with context windows, where a frame is seen several times. "
@@ -104,15 +111,22 @@ class Giving:
     """Puts features of the source in the place of those of every conditioning.
 
     features: of the windows that will run, or of the whole clip; by the name of their site.
+    sites: the names of those that count on features.
     """
 
     features: Mapping[Frames, Mapping[str, Tensor]]
     levels: Mapping[tuple[str, int], int]
+    sites: frozenset[str]
+    node: str
+    visits: Visits = field(default_factory=Visits)
 
     def at(self, site: Site, value: Tensor, options: dict[str, Any]) -> Tensor:
+        if str(site) not in self.sites:
+            return value
         features = self._of_frames(site, frames_in(options))
         if features is None:
-            return value
+            raise skipped(self.node, sigma_of(options), "some frames of the source")
+        self.visits.add(str(site), options)
         whole = grid_at(latent_size(options), level := self.levels["output", site.block])
         if site.kind == ATTENTION and features.shape[1] != math.prod(whole):
             raise ValueError(
@@ -222,13 +236,14 @@ def inject(
     attention_steps: int,
     conditioning,
     node: str,
+    tell: Callable[..., None],
 ):
     """A clone of MODEL that puts features of the inverted clip back during the first steps of sampling."""
     unet = unet_of(model, node)
     if model.get_wrappers(WRAPPERS.CALC_COND_BATCH, KEY):
         raise ValueError(f"{node}: expected a model without Feature Injection, got one with it. Take one of them off.")
     steps = {RESNET: resnet_steps, ATTENTION: attention_steps}
-    source = SourceBranch(inversion, conditioning, KEY, node)
+    source = SourceBranch(inversion, conditioning, KEY, node, tell)
     injection = _Injection(source, sites, steps, block_levels(unet))
     model = with_sites(model)
     source.load_with(model)
@@ -242,6 +257,7 @@ def _check_run(injection: _Injection, executor, noise: Tensor, latent_image, sam
     """Before a run: are these the clip and the grid of the inversion?"""
     source = injection.source
     check_not_compiled(executor.class_obj.model_patcher, source.node)
+    check_no_step_cache(executor.class_obj.model_options["transformer_options"].get("wrappers", {}), source.node)
     source.check_clip(noise)
     wanted = [sigma for sigma in map(float, sigmas[:-1]) if injection.names_at(sigma, sigmas)]
     check_meets(source.inversion.sigmas, wanted, source.node)
@@ -255,17 +271,21 @@ class _Computed:
     """What a run computed of the source last, for guidance that runs the UNet again with something changed in it (PAG):
     the source is given as it is."""
 
+    evaluations: Evaluations
     step: int = -1
     features: dict[Frames, dict[Frames, dict[str, Tensor]]] = field(default_factory=dict)  # by the frames of the call
 
 
-def _with_source(injection: _Injection, executor, guider, sigmas, extra_args, callback, noise, *args, **kwargs):
-    """Around a run: the source prompt, if it is needed."""
-    if not injection.needs_source(sigmas):
-        return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
-    with injection.source.ready(guider, extra_args, noise) as extra_args:
-        extra_args["model_options"] = options_with(extra_args["model_options"], **{COMPUTED: _Computed()})
-        return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
+def _with_source(injection: _Injection, executor, guider, sigmas, extra_args, callback, noise, latent_image, *args):
+    """Around a run: the source prompt, if it is needed, and a look at whether every evaluation comes."""
+    injection.source.warn_of_start(guider, sigmas[0], noise, latent_image)
+    counts_on = partial(injection.names_at, sample_sigmas=sigmas)
+    evaluations = Evaluations(guider, counts_on, injection.source.node)
+    told = options_with(extra_args["model_options"], **{COMPUTED: _Computed(evaluations)})
+    extra_args = {**extra_args, "model_options": told}
+    source = injection.source.ready(guider, extra_args, noise) if injection.needs_source(sigmas) else None
+    with source or nullcontext(extra_args) as extra_args:
+        return executor(evaluations, sigmas, extra_args, callback, noise, latent_image, *args)
 
 
 def _run_injected(injection: _Injection, executor, model, conds, x_in: Tensor, timestep: Tensor, model_options):
@@ -276,20 +296,25 @@ def _run_injected(injection: _Injection, executor, model, conds, x_in: Tensor, t
     if not names or options.get(RUNNING):
         return executor(model, conds, x_in, timestep, model_options)
     step = injection.source.step_at(sigma)
+    computed, node = options[COMPUTED], injection.source.node
+    computed.evaluations.arrived = True
     stored = injection.stored_for(step, names)
     if stored is None:
-        computed, frames = options[COMPUTED], frames_in(options)
+        frames = frames_in(options)
         if computed.step != step:
             computed.step, computed.features = step, {}
         if frames not in computed.features:
-            taking = Taking(frozenset(names), injection.source.node)
+            taking = Taking(frozenset(names), node)
             injection.source.run(executor, model, step, x_in, timestep, model_options, **{FEATURES: taking})
+            taking.check(sigma)
             computed.features[frames] = taking.taken
         features = computed.features[frames]
     else:
         features = {None: {name: stored[name] for name in names}}
-    giving = Giving(features, injection.levels)
-    return executor(model, conds, x_in, timestep, options_with(model_options, **{FEATURES: giving}))
+    giving = Giving(features, injection.levels, frozenset(names), node)
+    result = executor(model, conds, x_in, timestep, options_with(model_options, **{FEATURES: giving}))
+    giving.visits.check(names, conds, timestep, node)
+    return result
 
 
 # --- taking during an inversion ---

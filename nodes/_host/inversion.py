@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management
+import comfy.patcher_extension
 import folder_paths
 import torch
 from torch import Tensor
@@ -19,9 +20,16 @@ from ...cove import __version__, ddim
 from ...cove.injection import Site
 from ...cove.inversion import Inversion, UnfinishedInversion, on_disk, step_at, unfinished_in
 from . import injection
+from .attention import guidance_of
 from .files import saving
 from .identity import model_fingerprint, run_fingerprint, source_prompt
-from .sampling import GRID_KEY, check_not_compiled, preview, run
+from .keyframes import Climbing, Remembered
+from .sampling import GRID_KEY, GUIDANCE_KEY, check_not_compiled, is_compiled, preview, run
+from .visits import Visits
+
+KEY = "cove_inversion"
+
+WRAPPERS = comfy.patcher_extension.WrappersMP
 
 RECOMPUTE, MEMORY, DISK = "recompute", "memory", "disk"
 STORAGES = (RECOMPUTE, MEMORY, DISK)
@@ -117,6 +125,7 @@ def invert(
 
     `tell` shows a line to the user, as `say` does: first `line`, with what is kept of the run while it is unfinished.
     """
+    remembered = Remembered(conditioning, model)
     unfinished = UnfinishedInversion(
         _unfinished_folder(), run_fingerprint(model, conditioning, latent["samples"], sigmas, refinements)
     )
@@ -125,10 +134,18 @@ def invert(
     kept, room = _make_room(unfinished, unfinished.size_of(count, latent["samples"].shape))
     tell(f"{resumed}{line}; {room}")
     recorder = _Recorder(storage, refinements, unfinished if kept else None, steps, node, tell)
-    patched = injection.with_sites(model) if storage.sites else model
-    noise = run(patched, recorder, latent, sigmas, conditioning, node=node, callback=preview(model, len(sigmas) - 1))
+    patched = injection.with_sites(model) if storage.sites else model.clone()
+    if not is_compiled(patched):
+        # Last, so that it is called inside of every other wrapper, and only when the UNet is.
+        patched.add_wrapper_with_key(WRAPPERS.DIFFUSION_MODEL, KEY, recorder.visit)
+    try:
+        show = preview(model, len(sigmas) - 1)
+        noise = run(patched, recorder, latent, sigmas, conditioning, node=node, callback=show)
+    finally:
+        remembered.put_back()  # so that a run that goes on after a break finds them as this one did
     tensors, values = source_prompt(conditioning) or ({}, None)
     about = {"model": model_fingerprint(model), "pack": __version__, "refinements": refinements, "prompt": values}
+    about["guidance"] = guidance_of(model.model_options)
     inversion = Inversion(
         clip=recorder.clip,
         noise=recorder.noise,
@@ -141,7 +158,13 @@ def invert(
         features=recorder.features,
     )
     unfinished.discard()
-    return noise | {GRID_KEY: sigmas}, inversion
+    return noise | noise_of(inversion), inversion
+
+
+def noise_of(inversion: Inversion) -> dict[str, Any]:
+    """What the LATENT with the noise of an inversion carries beside it."""
+    carried = {GRID_KEY: inversion.sigmas}
+    return carried | {GUIDANCE_KEY: inversion.about["guidance"]} if "guidance" in inversion.about else carried
 
 
 def _unfinished_folder() -> Path:
@@ -175,10 +198,21 @@ class _Recorder:
     steps: list[dict[str, Tensor]]  # finished ones
     node: str
     tell: Callable[..., None]
+    visits: Visits = field(default_factory=Visits)
     features: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+
+    def visit(
+        self, executor, x, timesteps=None, context=None, y=None, control=None, transformer_options=None, **kwargs
+    ):
+        """Around each call of the UNet."""
+        self.visits.add(KEY, transformer_options)
+        return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
 
     def __call__(self, denoise, x: Tensor, sigmas: Tensor, extra_args: dict[str, Any], callback, disable) -> Tensor:
         self.clip = x.cpu()
+        climbing = Climbing(denoise.inner_model, extra_args["model_options"])
+        wrappers = extra_args["model_options"]["transformer_options"]["wrappers"]
+        counted = KEY in wrappers.get(WRAPPERS.DIFFUSION_MODEL, {})
         with injection.taking_features(extra_args["model_options"], self.storage.sites, self.node) as taking:
             asked = None
 
@@ -186,7 +220,12 @@ class _Recorder:
                 nonlocal asked
                 asked = guess
                 taking.forget()
-                return denoise(guess, sigma, **arguments)
+                self.visits.seen.clear()
+                arguments["model_options"] = climbing.at(sigma[0], arguments["model_options"])
+                denoised = denoise(guess, sigma, **arguments)
+                if counted:
+                    self.visits.check([KEY], [denoise.inner_model.conds["positive"]], sigma, self.node)
+                return denoised
 
             def keep_features(i: int, guess: Tensor) -> None:
                 if i not in self.storage.steps:
@@ -194,7 +233,7 @@ class _Recorder:
                 if asked is None or not torch.equal(asked, guess):
                     model(guess, sigmas[i + 1].expand(len(guess)), **extra_args)
                 with saving(self.node):
-                    self.features[i] = self.storage.keep(taking.of_clip())
+                    self.features[i] = self.storage.keep(taking.of_clip(float(sigmas[i + 1])))
 
             def after_step(found: dict[str, Any]) -> None:
                 keep_features(found["i"], found["guess"])

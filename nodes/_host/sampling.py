@@ -21,7 +21,8 @@ from torch import Tensor
 from .frames import Cut, check_rows
 from .run_info import only_ours, options_with, publish_run
 
-GRID_KEY = "cove_sigmas"
+# What a LATENT with inverted noise carries: the sigmas of the inversion, and what `guidance_of` says of its model.
+GRID_KEY, GUIDANCE_KEY = "cove_sigmas", "cove_guidance"
 
 
 def run(
@@ -58,7 +59,8 @@ def run(
         )
     except FloatingPointError as error:
         raise FloatingPointError(f"{node}: {error}") from error
-    return {name: value for name, value in latent.items() if name != GRID_KEY} | {"samples": result}
+    carried = {name: value for name, value in latent.items() if name not in (GRID_KEY, GUIDANCE_KEY)}
+    return carried | {"samples": result}
 
 
 def run_unet(denoise, x: Tensor, frames: Sequence[int], sigma: Tensor, model_options: dict[str, Any]) -> None:
@@ -126,9 +128,14 @@ def check_without(model, key: str, other: str, node: str) -> None:
         raise ValueError(f"{node}: expected a model without {other}, got one with it. Connect the one before it.")
 
 
+def is_compiled(model) -> bool:
+    """Whether TorchCompileModel compiled the UNet of MODEL."""
+    return bool(model.get_wrappers(comfy.patcher_extension.WrappersMP.APPLY_MODEL, COMPILE_KEY))
+
+
 def check_not_compiled(model, node: str) -> None:
     """Raise when the UNet of MODEL is compiled: compiled code never runs hooks that come after it."""
-    if model.get_wrappers(comfy.patcher_extension.WrappersMP.APPLY_MODEL, COMPILE_KEY):
+    if is_compiled(model):
         raise ValueError(
             f"{node}: expected a model that is not compiled, whose UNet would not run this node's hooks. Remove "
             f"TorchCompileModel from this model."
@@ -153,6 +160,14 @@ def check_start(latent: dict[str, Any], sigmas: Tensor, node: str) -> None:
             f"at sigma {float(sigmas[0]):.4f} ({len(sigmas) - 1} steps). Set `sampling_steps` of DDIM Inversion to "
             f"{len(sigmas) - 1}, and use the same checkpoint for both."
         )
+
+
+def is_noise(x: Tensor, sigma: float) -> bool:
+    """Whether latents, as the model sees them, are as large as noise of this level over a clip is.
+
+    Clean latents have a spread near 1. Near that level and below it they cannot be told from noise: True.
+    """
+    return sigma < 1 or not float(x.float().std()) < 0.6 * math.hypot(1, sigma)
 
 
 def check_conditioning(conditioning, latent: dict[str, Any], node: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from ...cove.inversion import Inversion, step_at
 from .frames import check_rows, cut_conds, frames_in
 from .run_info import area_of, options_with
+from .start import start_warnings
 
 # In transformer_options, for the calls of the UNet within: what takes or gives features (Feature Injection), what
 # stands in for self-attention (TokenFlow), and whether the call is of a source branch.
@@ -26,12 +28,14 @@ class SourceBranch:
 
     key: of the node's wrappers; the prompt made ready for a run is told under it.
     conditioning: the source prompt; None when there is none.
+    tell: shows a line to the user, as `say` does.
     """
 
     inversion: Inversion
     conditioning: list | None
     key: str
     node: str
+    tell: Callable[..., None]
 
     def __deepcopy__(self, memo: dict) -> SourceBranch:
         """Itself: MODEL.clone() copies its options deeply, and an inversion is large."""
@@ -51,6 +55,18 @@ class SourceBranch:
                 f"{self.node}: the inversion is of latents {list(self.inversion.clip.shape)}, but {list(noise.shape)} "
                 f"are sampled. Give the sampler the noise of the same inversion."
             )
+
+    def warn_of_start(self, guider, sigma: Tensor, noise: Tensor, latent_image: Tensor) -> None:
+        """A warning when a run starts at `sigma` from other latents than the noise of this inversion, or attends
+        otherwise."""
+        start = guider.inner_model.model_sampling.noise_scaling(sigma, noise, latent_image, False)
+        warnings = start_warnings(start, float(sigma), self.inversion.about, guider.model_options)
+        inverted = self.inversion.noise.to(start)
+        ends_here = step_at(self.inversion.sigmas, float(sigma)) == len(self.inversion.guesses) - 1
+        if not warnings and ends_here and (start - inverted).norm() > 0.05 * inverted.norm():
+            warnings.append("sampling starts from other latents than the noise of this inversion")
+        if warnings:
+            self.tell("; ".join(warnings), logging.WARNING)
 
     def check_prompt(self) -> None:
         """Raise when the source cannot be run: no prompt, hooks, or rows for other frames than the clip's."""

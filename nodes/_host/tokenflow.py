@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,12 +20,13 @@ from ...cove.tokenflow import Between, between_keyframes, choose_keyframes, near
 from .attend import attend_with
 from .attention import check_slots
 from .frames import Cut, check_rows, cut_conds, frames_in
-from .model import Block, grid_at, self_attention_levels, unet_of
+from .model import Block, grid_at, self_attention_levels, transformers_of, unet_of
 from .run_info import area_of, latent_size, options_with, publish_run
 from .sampling import check_not_compiled
 from .source import ATTENTION, RUNNING, SourceBranch, check_meets, check_one_prompt
+from .visits import Evaluations, Visits, check_no_step_cache
 
-KEY = "cove_tokenflow"
+KEY, EVALUATIONS = "cove_tokenflow", "cove_tokenflow_evaluations"
 
 WRAPPERS = comfy.patcher_extension.WrappersMP
 
@@ -38,6 +40,7 @@ class _Flow:
     blend_keyframes: bool
     seed: int
     levels: Mapping[Block, int]
+    places: frozenset[tuple]  # of self-attention
 
     def frames_in(self, options: dict[str, Any]) -> tuple[int, ...]:
         """The frames of the clip that the UNet runs on."""
@@ -52,6 +55,7 @@ class _Step:
     fields: by frames and block, of the whole picture: see `nearest_tokens`.
     edited: output of the keyframes, by the keyframes, block and conditioning.
     drawn: keyframes, by the number of frames.
+    visits: of the pass that is under way.
     """
 
     flow: _Flow
@@ -59,7 +63,15 @@ class _Step:
     fields: dict[tuple, Tensor] = field(default_factory=dict)
     edited: dict[tuple, Tensor] = field(default_factory=dict)
     drawn: dict[int, list[int]] = field(default_factory=dict)
+    visits: Visits = field(default_factory=Visits)
     prompt: Any = None  # the uuid of the source's
+
+    @contextmanager
+    def visiting(self, conds, timestep: Tensor) -> Iterator[None]:
+        """Around a pass of the UNet: an error when it did not come to every place of self-attention."""
+        self.visits = Visits()
+        yield
+        self.visits.check(self.flow.places, conds, timestep, self.flow.source.node)
 
     def keyframes(self, frames: int) -> list[int]:
         """Of so many frames: the seed's first draw at the noisiest step, its second at the next, and so on."""
@@ -99,6 +111,7 @@ Tokens = tuple[Tensor, Tensor, Tensor]  # query, key, value
 
 def _find_fields(step: _Step, tokens: Tokens, options: dict[str, Any]) -> Tensor:
     """The source: plain self-attention, whose output says which tokens belong together."""
+    step.visits.add(_place(options), options)
     flow, frames = step.flow, step.flow.frames_in(options)
     step.prompt = check_one_prompt(options, flow.source.node, step.prompt)
     result = attend_with(tokens[0], options)(*tokens, options["n_heads"])
@@ -109,6 +122,7 @@ def _find_fields(step: _Step, tokens: Tokens, options: dict[str, Any]) -> Tensor
 
 def _edit_keyframes(step: _Step, tokens: Tokens, options: dict[str, Any]) -> Tensor:
     """The edit before keyframes are blended: their joint attention is kept. The other frames are of no use here."""
+    step.visits.add(_place(options), options)
     flow, frames = step.flow, step.flow.frames_in(options)
     keyframes = [*range(len(frames))] if RUNS_ON_KEYFRAMES in options else step.keyframes(len(frames))
     edited = _attend_jointly(tokens, len(frames), keyframes, options, flow.source.node)
@@ -121,6 +135,7 @@ def _edit_keyframes(step: _Step, tokens: Tokens, options: dict[str, Any]) -> Ten
 
 def _propagate(step: _Step, tokens: Tokens, options: dict[str, Any]) -> Tensor:
     """The edit: every frame takes the tokens of the keyframes around it."""
+    step.visits.add(_place(options), options)
     flow, frames = step.flow, step.flow.frames_in(options)
     keyframes, between = step.keyframes(len(frames)), step.between(len(frames))
     if flow.blend_keyframes:
@@ -194,13 +209,25 @@ def _names(keyframes: tuple[int, ...], options: dict[str, Any]) -> list[tuple]:
 RUNS_ON_KEYFRAMES = "cove_runs_on_keyframes"
 
 
-def flow_tokens(model, inversion: Inversion, every: int, blend_keyframes: bool, seed: int, conditioning, node: str):
+def flow_tokens(
+    model,
+    inversion: Inversion,
+    every: int,
+    blend_keyframes: bool,
+    seed: int,
+    conditioning,
+    node: str,
+    tell: Callable[..., None],
+):
     """A clone of MODEL in which frames take their self-attention from keyframes, by the fields of the source."""
-    levels = self_attention_levels(unet_of(model, node))
+    unet = unet_of(model, node)
+    levels = self_attention_levels(unet)
+    blocks = {"input": unet.input_blocks, "middle": [unet.middle_block], "output": unet.output_blocks}
+    places = {(*block, i) for block in levels for i, _ in enumerate(transformers_of(blocks[block[0]][block[1]]))}
     model = model.clone()
     check_slots(model.model_options, node)
-    source = SourceBranch(inversion, conditioning, KEY, node)
-    flow = _Flow(source, every, blend_keyframes, seed, levels)
+    source = SourceBranch(inversion, conditioning, KEY, node, tell)
+    flow = _Flow(source, every, blend_keyframes, seed, levels, frozenset(places))
     patches = dict.fromkeys(levels, FlowingSelfAttention())
     for block, patch in patches.items():
         # Without a transformer index, for the reason that Correspondence Attention gives.
@@ -218,6 +245,7 @@ def _check_run(flow: _Flow, patches, executor, noise: Tensor, latent_image, samp
     guider, source = executor.class_obj, flow.source
     check_slots(guider.model_options, source.node, patches)
     check_not_compiled(guider.model_patcher, source.node)
+    check_no_step_cache(guider.model_options["transformer_options"].get("wrappers", {}), source.node)
     source.check_clip(noise)
     check_meets(source.inversion.sigmas, sigmas[:-1].tolist(), source.node)
     source.check_prompt()
@@ -225,23 +253,31 @@ def _check_run(flow: _Flow, patches, executor, noise: Tensor, latent_image, samp
     return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
 
 
-def _with_source(flow: _Flow, executor, guider, sigmas, extra_args, callback, noise, *args, **kwargs):
-    """Around a run: the source prompt."""
+def _with_source(flow: _Flow, executor, guider, sigmas, extra_args, callback, noise, latent_image, *args):
+    """Around a run: the source prompt, and a look at whether every evaluation comes."""
+    flow.source.warn_of_start(guider, sigmas[0], noise, latent_image)
+    evaluations = Evaluations(guider, lambda sigma: True, flow.source.node)
     with flow.source.ready(guider, extra_args, noise) as extra_args:
-        return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
+        extra_args["model_options"] = options_with(extra_args["model_options"], **{EVALUATIONS: evaluations})
+        return executor(evaluations, sigmas, extra_args, callback, noise, latent_image, *args)
 
 
 def _run_flowing(flow: _Flow, executor, model, conds, x_in: Tensor, timestep: Tensor, model_options):
     """Around one evaluation of all conditionings: the source, the keyframes where they are blended, and all frames."""
-    if model_options["transformer_options"].get(RUNNING):
+    options = model_options["transformer_options"]
+    if options.get(RUNNING):
         return executor(model, conds, x_in, timestep, model_options)
     step = _Step(flow, flow.source.step_at(float(timestep[0])))
+    options[EVALUATIONS].arrived = True
     told = {ATTENTION: partial(_find_fields, step)}
-    flow.source.run(executor, model, step.number, x_in, timestep, model_options, **told)
+    with step.visiting([options[KEY]], timestep):
+        flow.source.run(executor, model, step.number, x_in, timestep, model_options, **told)
     if flow.blend_keyframes:
-        _run_keyframes(step, executor, model, conds, x_in, timestep, model_options)
+        with step.visiting(conds, timestep):
+            _run_keyframes(step, executor, model, conds, x_in, timestep, model_options)
     told = {ATTENTION: partial(_propagate, step)}
-    return executor(model, conds, x_in, timestep, options_with(model_options, **told))
+    with step.visiting(conds, timestep):
+        return executor(model, conds, x_in, timestep, options_with(model_options, **told))
 
 
 def _run_keyframes(step: _Step, executor, model, conds, x_in: Tensor, timestep: Tensor, model_options) -> None:

@@ -1,0 +1,46 @@
+"""What sampling starts from: is it inverted noise, and of the model that samples?"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ...cove import ddim
+from .attention import guidance_differs
+from .sampling import GUIDANCE_KEY, is_noise
+
+NEVER_INVERTED = (
+    "the latents that sampling starts from are not inverted noise: they are far too clean for the first sigma. Connect "
+    "the `noise` of DDIM Inversion or Load Inversion, not the latents of the clip"
+)
+
+
+def start_warnings(
+    start: Tensor, sigma: float, inverted: Mapping[str, Any], model_options: dict[str, Any]
+) -> list[str]:
+    """Lines on what is wrong with sampling from `start`, latents as the model sees them, at `sigma`.
+
+    inverted: what is known of the inversion, with "guidance" as `guidance_of` describes it, if that is known.
+    """
+    warnings = [] if is_noise(start, sigma) else [NEVER_INVERTED]
+    differs = guidance_differs(inverted["guidance"], model_options) if "guidance" in inverted else None
+    return warnings + ([differs] if differs else [])
+
+
+def warn_of_start(model, noise: dict[str, Any], sigma: Tensor, tell: Callable[..., None]) -> None:
+    """A warning before a run when a LATENT is no inverted noise, or that of a model that attends otherwise."""
+    start = model.model.process_latent_in(noise["samples"].float())
+    inverted = {"guidance": noise[GUIDANCE_KEY]} if GUIDANCE_KEY in noise else {}
+    warnings = start_warnings(start, float(sigma), inverted, model.model_options)
+    if warnings:
+        tell("; ".join(warnings), logging.WARNING)
+
+
+def sample_from_noise(tell: Callable[..., None], model, x: Tensor, sigmas: Tensor, *args, **kwargs) -> Tensor:
+    """`cove.ddim.sample`, with a warning when it starts from clean latents."""
+    if not is_noise(x, float(sigmas[0])):
+        tell(NEVER_INVERTED, logging.WARNING)
+    return ddim.sample(model, x, sigmas, *args, **kwargs)

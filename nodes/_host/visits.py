@@ -1,0 +1,86 @@
+"""Which sites in the UNet were visited: whoever counts on a site notices when another node skipped it.
+
+Step caches (EasyCache, TeaCache, DeepCache and the like) answer for the UNet, or for some of its blocks, from earlier
+steps. Features are then neither taken nor put back, and nothing else would show it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+# Core's step caches, by the key of their wrappers.
+STEP_CACHES = {"easycache": "EasyCache", "lazycache": "LazyCache"}
+
+
+def check_no_step_cache(wrappers: Mapping[str, Mapping[str, Any]], node: str) -> None:
+    """An error, before a run, when one of core's step caches is among the wrappers of a MODEL."""
+    keys = {key for some in wrappers.values() for key, made in some.items() if made}
+    for key, cache in STEP_CACHES.items():
+        if key in keys:
+            raise ValueError(
+                f"{node}: {cache} skips evaluations of the UNet, and {node} needs every one. Remove {cache} from this "
+                f"model; it can stay on a model for sampling alone."
+            )
+
+
+def skipped(node: str, sigma: float, what: str = "the UNet or some of its blocks") -> ValueError:
+    """The error for a site that was not visited."""
+    return ValueError(
+        f"{node}: at sigma {sigma:.4g} {what} did not run, because another node on this model skips evaluations (a "
+        f"step cache such as EasyCache, TeaCache or DeepCache). Remove that node from this model."
+    )
+
+
+@dataclass(eq=False)
+class Visits:
+    """The sites that were visited in one evaluation of the model, each with the uuid of the conditioning."""
+
+    seen: set[tuple[Hashable, Any]] = field(default_factory=set)
+
+    def add(self, site: Hashable, options: Mapping[str, Any]) -> None:
+        self.seen.update((site, uuid) for uuid in options["uuids"])
+
+    def check(self, sites: Collection[Hashable], conds, timestep: Tensor, node: str) -> None:
+        """An error when a conditioning that runs at `timestep`, which is sigma, did not visit every one of `sites`."""
+        if not self.seen >= {(site, uuid) for site in sites for uuid in _running(conds, timestep)}:
+            raise skipped(node, float(timestep[0]))
+
+
+def _running(conds: Iterable[list[dict] | None], timestep: Tensor) -> set:
+    """The uuids of the conditionings that the host runs at `timestep`."""
+    sigma = timestep[0]
+    return {
+        cond["uuid"]
+        for some in conds
+        for cond in some or []
+        if "default" not in cond  # runs only where the others leave room
+        and not sigma > cond.get("timestep_start", sigma)
+        and not sigma < cond.get("timestep_end", sigma)
+    }
+
+
+class Evaluations:
+    """A guider as a sampler sees it, which notices when an evaluation never came to a node's wrapper.
+
+    A node that answers for the whole evaluation (LazyCache) leaves no visits to look at.
+    """
+
+    def __init__(self, guider, counts_on: Callable[[float], bool], node: str):
+        """counts_on: whether the node has something to do at a sigma."""
+        self.guider, self.counts_on, self.node = guider, counts_on, node
+        self.arrived = False
+
+    def __call__(self, x: Tensor, timestep: Tensor, *args, **kwargs) -> Tensor:
+        self.arrived = False
+        denoised = self.guider(x, timestep, *args, **kwargs)
+        sigma = float(timestep[0])
+        if self.counts_on(sigma) and not self.arrived:
+            raise skipped(self.node, sigma, "the model")
+        return denoised
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.guider, name)

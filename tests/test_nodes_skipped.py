@@ -1,0 +1,167 @@
+"""Nodes that skip evaluations of the UNet, or some of its blocks, are noticed by whatever counts on them."""
+
+import pytest
+import torch
+
+from tests.helpers import call, prompt, refused
+from tests.inversion_helpers import ALL, flow, guide, inject, invert, sample, watched
+
+NODES = {"FeatureInjection": inject, "TokenFlow": flow}
+NAMES = {"FeatureInjection": "Feature Injection", "TokenFlow": "TokenFlow"}
+STEPS = 7
+
+
+def cached(model, kind):
+    """MODEL out of one of core's step caches, on from the first step."""
+    from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
+
+    node = {"EasyCache": EasyCacheNode, "LazyCache": LazyCacheNode}[kind]
+    return node.execute(model, 3.0, 0.0, 1.0, False).args[0]
+
+
+def skipping(model, level, skips):
+    """MODEL with somebody else's step cache: the n-th call, from 0, is answered without the UNet if skips(n, args)."""
+    model, calls = model.clone(), []
+
+    def answer(x):
+        return x if level == "diffusion_model" else 0.5 * x
+
+    def wrapper(executor, *args, **kwargs):
+        calls.append(args)
+        if not skips(len(calls) - 1, args):
+            return executor(*args, **kwargs)
+        return [answer(args[2]) for _ in args[1]] if level == "calc_cond_batch" else answer(args[0])
+
+    if level == "function":
+        model.set_model_unet_function_wrapper(
+            lambda apply_model, given: wrapper(
+                lambda x, timestep, conds: apply_model(x, timestep, **conds),
+                *(given["input"], given["timestep"], given["c"]),
+            )
+        )
+    else:
+        model.add_wrapper_with_key(level, "somebody's cache", wrapper)
+    return model
+
+
+# --- core's, before the run ---
+
+
+@pytest.mark.parametrize("cache", ["EasyCache", "LazyCache"])
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("node", NODES)
+def test_core_caches_are_refused_before_sampling(small, nodes, cache, order, node):
+    noise, inversion = invert(nodes, small, steps=STEPS)
+    patched = NODES[node](nodes, cached(small, cache) if order == "before" else small, inversion)
+    patched = cached(patched, cache) if order == "after" else patched
+    with refused(NAMES[node], cache, f"Remove {cache}"), watched(small) as calls:
+        sample(nodes, patched, noise, steps=STEPS)
+    assert not calls
+
+
+@pytest.mark.parametrize("cache", ["EasyCache", "LazyCache"])
+def test_core_caches_are_refused_before_inversion_and_features(small, nodes, cache):
+    with refused("DDIM Inversion", cache, f"Remove {cache}"), watched(small) as calls:
+        invert(nodes, cached(small, cache))
+    with refused("Diffusion Features", cache, f"Remove {cache}"), watched(small):
+        guide(nodes, cached(small, cache))
+    assert not calls
+
+
+@pytest.mark.parametrize("cache", ["EasyCache", "LazyCache"])
+def test_core_caches_stay_possible_in_sampling_alone(small, nodes, cache):
+    noise, _ = invert(nodes, small, steps=STEPS)
+    assert sample(nodes, cached(guide(nodes, small), cache), noise, steps=STEPS).isfinite().all()
+
+
+# --- others, when it happens ---
+
+LEVELS = ["function", "apply_model", "diffusion_model", "calc_cond_batch", "predict_noise"]
+WHO = "another node on this model skips evaluations"
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("node", NODES)
+def test_a_skipped_evaluation_is_noticed_in_sampling(small, nodes, level, order, node):
+    noise, inversion = invert(nodes, small, steps=3)
+    settings = {"resnet_steps": 3, "attention_steps": 3} | ALL if node == "FeatureInjection" else {}
+    # Elsewhere the source is run before the edit: its second call, and the edit's, respectively.
+    skipped = {"predict_noise": 2, "calc_cond_batch": 1, "apply_model": 2}.get(level, 3)
+
+    def one(model):
+        return skipping(model, level, lambda n, args: n == skipped)
+
+    patched = NODES[node](nodes, one(small) if order == "before" else small, inversion, **settings)
+    with refused(NAMES[node], WHO, "Remove that node"):
+        sample(nodes, patched if order == "before" else one(patched), noise)
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_steps_without_injection_may_be_skipped(small, nodes, order):
+    noise, inversion = invert(nodes, small, steps=3)
+
+    def last(model):
+        return skipping(model, "predict_noise", lambda n, args: n > 0)
+
+    settings = {"resnet_steps": 1, "attention_steps": 1} | ALL
+    patched = inject(nodes, last(small) if order == "before" else small, inversion, **settings)
+    assert sample(nodes, patched if order == "before" else last(patched), noise).isfinite().all()
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_one_skipped_conditioning_is_noticed(comfy, small, nodes, node, monkeypatch):
+    """Where memory is short the host runs conditionings one by one, and a cache can skip the negative prompt alone."""
+    monkeypatch.setattr(type(small.model), "memory_required", lambda *args, **more: 1e30)
+    noise, inversion = invert(nodes, small, steps=3)
+
+    def no_negative(model):
+        return skipping(model, "diffusion_model", lambda n, args: args[5]["cond_or_uncond"] == [1])
+
+    settings = {"resnet_steps": 3, "attention_steps": 3} | ALL if node == "FeatureInjection" else {}
+    with refused(NAMES[node], WHO):
+        sample(nodes, no_negative(NODES[node](nodes, small, inversion, **settings)), noise)
+
+
+def test_one_skipped_block_is_noticed(small, nodes):
+    """As DeepCache skips the inner blocks."""
+    noise, inversion = invert(nodes, small, steps=3)
+    inner = small.model.diffusion_model.output_blocks[1][1]
+    inner.forward = lambda hidden, *args, **more: hidden
+    try:
+        for node, name in NAMES.items():
+            patched = NODES[node](nodes, small, inversion, **ALL if node == "FeatureInjection" else {})
+            with refused(name, WHO):
+                sample(nodes, patched, noise)
+        with refused("DDIM Inversion", WHO):
+            invert(nodes, small, steps=3, storage="memory", **ALL)
+    finally:
+        del inner.forward
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("storage", ["recompute", "memory"])
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_a_skipped_evaluation_is_noticed_in_inversion(small, nodes, level, storage, order):
+    def third(model):
+        return skipping(model, level, lambda n, args: n == 2)
+
+    model = guide(nodes, small)
+    model = third(model) if order == "after" else call(nodes["CorrespondenceAttention"], model=third(small))[0]
+    with refused("DDIM Inversion", WHO):
+        invert(nodes, model, steps=2, refinements=1, storage=storage, **ALL)
+
+
+@pytest.mark.parametrize("level", LEVELS[:4])
+def test_a_skipped_evaluation_is_noticed_in_features(small, nodes, level):
+    with refused("Diffusion Features", WHO):
+        guide(nodes, skipping(small, level, lambda n, args: True))
+
+
+def test_a_prompt_that_ends_before_the_run_does_is_not_missed(small, nodes):
+    noise, inversion = invert(nodes, small, steps=5)
+    positive = [*prompt(2, end_percent=0.4), *prompt(4, start_percent=0.4)]
+    for node in NODES:
+        settings = {"resnet_steps": 5, "attention_steps": 5} | ALL if node == "FeatureInjection" else {}
+        edit = sample(nodes, NODES[node](nodes, small, inversion, **settings), noise, positive, steps=5)
+        assert edit.isfinite().all() and not torch.equal(edit, noise["samples"])

@@ -1,0 +1,173 @@
+"""A warning where sampling starts from latents that were never inverted, or attends otherwise than the inversion."""
+
+import logging
+
+import pytest
+import torch
+from torch import zeros_like
+
+from tests.helpers import call, latents, prompt
+from tests.inversion_helpers import ALL, flow, guide, inject, invert, sample
+
+CLEAN, OTHER = "not inverted noise", "other latents than the noise of this inversion"
+STEPS = 5
+
+
+@pytest.fixture
+def warnings(caplog, nodes):
+    """() -> what nodes warned of since it was last asked, with the node's name."""
+    names = {node.define_schema().display_name for node in nodes.values()}
+
+    def found() -> list[str]:
+        records = [record for record in caplog.records if record.levelno == logging.WARNING]
+        lines = [record.getMessage() for record in records if record.getMessage().partition(": ")[0] in names]
+        caplog.clear()
+        return lines
+
+    return found
+
+
+def advanced(model, sampler, sigmas, latent):
+    """Edited latents, through the stock SamplerCustomAdvanced."""
+    from comfy_extras import nodes_custom_sampler as custom
+
+    (guider,) = custom.CFGGuider.execute(model, prompt(2), prompt(3), 2.0).args
+    (nothing,) = custom.DisableNoise.execute().args
+    return custom.SamplerCustomAdvanced.execute(nothing, guider, sampler, sigmas, latent).args[0]
+
+
+def edits(nodes, model, inversion):
+    """Node -> MODEL out of it, for the nodes that run the source."""
+    return {
+        "Feature Injection": inject(nodes, model, inversion, **ALL),
+        "TokenFlow": flow(nodes, model, inversion),
+    }
+
+
+def test_clean_latents_as_noise_are_warned_of(small, nodes, warnings):
+    _, inversion = invert(nodes, small, steps=STEPS)
+    sample(nodes, small, latents(), steps=STEPS)
+    (line,) = warnings()
+    assert line.startswith("DDIM Sampler: ") and CLEAN in line and "DDIM Inversion" in line
+    for noise in (latents(), None):
+        sampler, sigmas = call(nodes["DDIMSamplerSelect"], model=small, steps=STEPS, noise=noise)
+        lines = warnings()
+        assert len(lines) == (noise is not None)
+        advanced(small, sampler, sigmas, latents())
+        lines += warnings()
+        assert all(line.startswith("DDIM Sampler (for SamplerCustomAdvanced): ") for line in lines)
+        assert lines and all(CLEAN in line for line in lines)
+    sampler, sigmas = call(nodes["DDIMSamplerSelect"], model=small, steps=STEPS)
+    warnings()
+    for name, model in edits(nodes, small, inversion).items():
+        advanced(model, sampler, sigmas, latents())
+        assert [line for line in warnings() if line.startswith(f"{name}: ") and CLEAN in line]
+
+
+def test_empty_latents_as_noise_are_warned_of(small, nodes, warnings):
+    sample(nodes, small, {"samples": zeros_like(latents()["samples"])}, steps=STEPS)
+    assert [CLEAN in line for line in warnings()] == [True]
+
+
+@pytest.mark.parametrize("keys", ["kept", "dropped"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 31])
+def test_inverted_noise_is_not_warned_of(small, nodes, warnings, keys, steps):
+    """Nodes between may drop what a LATENT carries beside its samples."""
+    noise, inversion = invert(nodes, small, steps=steps)
+    noise = noise if keys == "kept" else {"samples": noise["samples"]}
+    sample(nodes, small, noise, steps=steps)
+    sampler, sigmas = call(nodes["DDIMSamplerSelect"], model=small, steps=steps, noise=noise)
+    for model in edits(nodes, small, inversion).values():
+        advanced(model, sampler, sigmas, noise)
+    assert warnings() == []
+
+
+def test_a_node_that_keeps_the_keys_of_noise_and_puts_clean_samples_is_warned_of(small, nodes, warnings):
+    noise, _ = invert(nodes, small, steps=STEPS)
+    sample(nodes, small, noise | latents(), steps=STEPS)
+    assert [CLEAN in line for line in warnings()] == [True]
+
+
+def test_noise_of_another_inversion_is_warned_of(small, nodes, warnings):
+    _, inversion = invert(nodes, small, steps=STEPS)
+    other, _ = invert(nodes, small, latent=latents(seed=1), steps=STEPS)
+    for name, model in edits(nodes, small, inversion).items():
+        sample(nodes, model, other, steps=STEPS)
+        (line,) = warnings()
+        assert line.startswith(f"{name}: ") and OTHER in line
+
+
+def test_the_second_half_of_a_run_is_not_warned_of(small, nodes, warnings):
+    noise, inversion = invert(nodes, small, steps=STEPS)
+    sampler, sigmas = call(nodes["DDIMSamplerSelect"], model=small, steps=STEPS, noise=noise)
+    for model in edits(nodes, small, inversion).values():
+        middle = advanced(model, sampler, sigmas[:3], noise)
+        advanced(model, sampler, sigmas[2:], middle)
+    assert warnings() == []
+
+
+# --- Correspondence Attention ---
+
+
+def test_another_guidance_in_sampling_is_named(small, nodes, warnings, tmp_path):
+    guided, plain = guide(nodes, small), "without Correspondence Attention"
+    joint = call(nodes["CorrespondenceAttention"], model=small, start_percent=0.25, include_self=True)[0]
+    weaker = guide(nodes, small, merge_ratio=0.25, spatial_temporal="own frame")
+    elsewhere = guide(nodes, small, latents(seed=1))
+    names = {
+        "guided": "with Correspondence Attention (window 3, K 3, merge 0.5)",
+        "plain": plain,
+        "joint": "with Correspondence Attention (no correspondence, include_self, sigma ",
+        "weaker": "with Correspondence Attention (window 3, K 3, merge 0.25, own frame)",
+        "elsewhere": "with another correspondence of the same settings",
+    }
+    models = {"guided": guided, "plain": small, "joint": joint, "weaker": weaker, "elsewhere": elsewhere}
+    for inverted, sampled in [
+        ("guided", "plain"), ("plain", "guided"), ("joint", "weaker"), ("guided", "elsewhere"), ("weaker", "joint"),
+    ]:  # fmt: skip
+        noise, inversion = invert(nodes, models[inverted], steps=STEPS)
+        expected = [f"inverted {names[inverted]}", f", sampled {names[sampled]}"]
+        sample(nodes, models[sampled], noise, steps=STEPS)
+        call(nodes["DDIMSamplerSelect"], model=models[sampled], steps=STEPS, noise=noise)
+        sample(nodes, inject(nodes, models[sampled], inversion, **ALL), {"samples": noise["samples"]}, steps=STEPS)
+        lines = warnings()
+        assert [line.partition(": ")[0] for line in lines] == [
+            "DDIM Sampler", "DDIM Sampler (for SamplerCustomAdvanced)", "Feature Injection",
+        ]  # fmt: skip
+        assert all(piece in line for line in lines for piece in expected), lines
+        assert "guidance" in inversion.about
+
+
+def test_the_same_guidance_is_not_warned_of(small, nodes, warnings):
+    noise, inversion = invert(nodes, guide(nodes, small), steps=STEPS)
+    model = inject(nodes, guide(nodes, small), inversion, **ALL)
+    assert sample(nodes, model, noise, steps=STEPS).isfinite().all() and warnings() == []
+
+
+def test_tokenflow_after_correspondence_attention_is_named(small, nodes, warnings):
+    noise, inversion = invert(nodes, guide(nodes, small), steps=STEPS)
+    sample(nodes, flow(nodes, small, inversion), {"samples": noise["samples"]}, steps=STEPS)
+    (line,) = warnings()
+    assert line.startswith("TokenFlow: ") and "sampled without Correspondence Attention" in line
+
+
+def test_a_saved_inversion_remembers_its_guidance(small, nodes, warnings, base):
+    _, inversion = invert(nodes, guide(nodes, small), steps=STEPS)
+    call(nodes["SaveInversion"], inversion=inversion, filename_prefix="start/clip")
+    (file,) = (base / "output" / "start").glob("*.inversion.safetensors")
+    noise, loaded = call(nodes["LoadInversion"], file=f"start/{file.name} [output]", model=small)
+    file.unlink()
+    sample(nodes, small, noise, steps=STEPS)
+    assert ["without Correspondence Attention" in line for line in warnings()] == [True]
+    assert loaded.about == inversion.about
+    # One that was saved before inversions remembered it says nothing.
+    old = {name: value for name, value in noise.items() if name != "cove_guidance"}
+    sample(nodes, small, old, steps=STEPS)
+    assert warnings() == []
+
+
+def test_edited_latents_carry_nothing_of_the_noise(small, nodes):
+    noise, _ = invert(nodes, guide(nodes, small), steps=1)
+    wires = {"model": small, "noise": noise, "positive": prompt(2), "negative": prompt(3)}
+    assert set(call(nodes["DDIMSampler"], **wires, steps=1, cfg=1.0)[0]) == {"samples"}
+    assert torch.is_tensor(noise["samples"])
