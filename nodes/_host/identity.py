@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Mapping
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
@@ -38,7 +39,8 @@ def run_fingerprint(model, conditioning, samples: Tensor, sigmas: Tensor, refine
     things = (model_fingerprint(model), model, conditioning, samples, sigmas, refinements, __version__)
     try:
         return fingerprint(*things, known=_Contents(model))
-    except RecursionError:  # objects within objects without end
+    except Exception as error:  # objects of other packs raise what they like when they are read
+        logging.warning("What is on the model cannot be read (%r): after a break, this inversion begins anew", error)
         return uuid.uuid4().hex
 
 

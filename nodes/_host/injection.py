@@ -297,7 +297,7 @@ def _run_injected(injection: _Injection, executor, model, conds, x_in: Tensor, t
         return executor(model, conds, x_in, timestep, model_options)
     step = injection.source.step_at(sigma)
     computed, node = options[COMPUTED], injection.source.node
-    computed.evaluations.arrived = True
+    computed.evaluations.arrive()
     stored = injection.stored_for(step, names)
     if stored is None:
         frames = frames_in(options)

@@ -88,14 +88,14 @@ def sigmas_at(model, timesteps: list[int], node: str) -> Tensor:
 def block_levels(unet: UNetModel) -> dict[Block, int]:
     """Each block, and how many times its grid has been halved from latent size."""
     levels, level = {}, 0
-    for place, block in _blocks(unet).items():
+    for place, block in blocks_of(unet).items():
         levels[place] = level
         level += sum(isinstance(layer, Downsample) for layer in block)
         level -= sum(isinstance(layer, Upsample) for layer in block)
     return levels
 
 
-def _blocks(unet: UNetModel) -> dict[Block, torch.nn.Module]:
+def blocks_of(unet: UNetModel) -> dict[Block, torch.nn.Module]:
     """Every block in the order in which it runs. Distilled UNets (KOALA) have no middle block."""
     middle = [] if unet.middle_block is None else [unet.middle_block]
     parts = {"input": unet.input_blocks, "middle": middle, "output": unet.output_blocks}
@@ -105,7 +105,7 @@ def _blocks(unet: UNetModel) -> dict[Block, torch.nn.Module]:
 def self_attention_levels(unet: UNetModel) -> dict[Block, int]:
     """`block_levels` of the blocks with self-attention."""
     levels = block_levels(unet)
-    return {place: levels[place] for place, block in _blocks(unet).items() if transformers_of(block)}
+    return {place: levels[place] for place, block in blocks_of(unet).items() if transformers_of(block)}
 
 
 def transformers_of(block: torch.nn.Module) -> list[torch.nn.Module]:

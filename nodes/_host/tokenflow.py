@@ -20,7 +20,7 @@ from ...cove.tokenflow import Between, between_keyframes, choose_keyframes, near
 from .attend import attend_with
 from .attention import check_slots
 from .frames import Cut, check_rows, cut_conds, frames_in
-from .model import Block, grid_at, self_attention_levels, transformers_of, unet_of
+from .model import Block, blocks_of, grid_at, self_attention_levels, transformers_of, unet_of
 from .run_info import area_of, latent_size, options_with, publish_run
 from .sampling import check_not_compiled
 from .source import ATTENTION, RUNNING, SourceBranch, check_meets, check_one_prompt
@@ -221,9 +221,8 @@ def flow_tokens(
 ):
     """A clone of MODEL in which frames take their self-attention from keyframes, by the fields of the source."""
     unet = unet_of(model, node)
-    levels = self_attention_levels(unet)
-    blocks = {"input": unet.input_blocks, "middle": [unet.middle_block], "output": unet.output_blocks}
-    places = {(*block, i) for block in levels for i, _ in enumerate(transformers_of(blocks[block[0]][block[1]]))}
+    levels, blocks = self_attention_levels(unet), blocks_of(unet)
+    places = {(*place, i) for place in levels for i, _ in enumerate(transformers_of(blocks[place]))}
     model = model.clone()
     check_slots(model.model_options, node)
     source = SourceBranch(inversion, conditioning, KEY, node, tell)
@@ -268,7 +267,7 @@ def _run_flowing(flow: _Flow, executor, model, conds, x_in: Tensor, timestep: Te
     if options.get(RUNNING):
         return executor(model, conds, x_in, timestep, model_options)
     step = _Step(flow, flow.source.step_at(float(timestep[0])))
-    options[EVALUATIONS].arrived = True
+    options[EVALUATIONS].arrive()
     told = {ATTENTION: partial(_find_fields, step)}
     with step.visiting([options[KEY]], timestep):
         flow.source.run(executor, model, step.number, x_in, timestep, model_options, **told)

@@ -71,16 +71,22 @@ class Evaluations:
 
     def __init__(self, guider, counts_on: Callable[[float], bool], node: str):
         """counts_on: whether the node has something to do at a sigma."""
-        self.guider, self.counts_on, self.node = guider, counts_on, node
-        self.arrived = False
+        vars(self).update(guider=guider, counts_on=counts_on, node=node, arrived=False)
 
     def __call__(self, x: Tensor, timestep: Tensor, *args, **kwargs) -> Tensor:
-        self.arrived = False
+        vars(self).update(arrived=False)
         denoised = self.guider(x, timestep, *args, **kwargs)
         sigma = float(timestep[0])
         if self.counts_on(sigma) and not self.arrived:
             raise skipped(self.node, sigma, "the model")
         return denoised
 
+    def arrive(self) -> None:
+        """An evaluation has come to the node's wrapper."""
+        vars(self).update(arrived=True)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.guider, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.guider, name, value)
