@@ -56,6 +56,13 @@ def tiny_control():
     return comfy.controlnet.ControlNet(net.eval(), load_device=torch.device("cpu"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def drop_control():
+    """Free the ControlNet while the host's modules are still there."""
+    yield
+    tiny_control.cache_clear()
+
+
 def hinted(seed, frames=LONG):
     """A prompt with a hint for each frame, on a ControlNet with one hint for all."""
     from nodes import ControlNetApplyAdvanced
@@ -396,6 +403,27 @@ def test_a_controlnet_of_another_pack_that_cannot_be_cut_is_refused(small, nodes
         predict(anchored(model), latents(LONG), conditioning)
     other.sub_idxs = None  # it goes by ad_params itself
     assert predict(anchored(model), latents(LONG), conditioning).isfinite().all()
+
+
+class Reference:
+    """A hint that is no picture, as Advanced-ControlNet's reference has it: it answers to nothing."""
+
+    def __getattr__(self, name):
+        raise AttributeError("Invalid use of Reference Preprocess output")
+
+
+def test_reference_controlnets_are_refused_where_self_attention_is_replaced(small, nodes):
+    ((text, extras),) = hinted(1)
+    net = extras["control"].copy()
+    net.cond_hint_original, net.strength = Reference(), 0.0
+    conditioning = [[text, {**extras, "control": net}]]
+    _, inversion = invert(nodes, small)
+    for node, model in (
+        ("Correspondence Attention", alone(nodes, small)),
+        ("TokenFlow", flow(nodes, small, inversion)),
+    ):
+        with refused(node, "expected ControlNets that take a picture", "got ControlNet", "Remove the reference"):
+            answer_at(model, inversion, 1, conditioning)
 
 
 def test_a_batch_cut_without_a_word_is_refused(small, nodes):

@@ -16,7 +16,7 @@ from ...cove.attention import correspondence_attention, spatial_temporal_attenti
 from ...cove.correspondence import Correspondence
 from ...cove.fingerprint import fingerprint
 from .attend import attend_with
-from .frames import check_rows
+from .frames import check_no_reference, check_rows
 from .model import Block, grid_at, self_attention_levels, unet_of
 from .run_info import KEY, area_of, frames_of, latent_size, publish_run, sigma_of
 
@@ -188,7 +188,9 @@ def _check_run(node: str, patches: dict[Block, GuidedSelfAttention], executor, n
     correspondence = next(iter(patches.values())).correspondence
     if correspondence is not None:
         _check_fit(correspondence, noise, {patch.level for patch in patches.values()}, node)
-    check_rows([cond for some in guider.conds.values() for cond in some], len(noise), node)
+    conds = [cond for some in guider.conds.values() for cond in some]
+    check_no_reference(conds, node)
+    check_rows(conds, len(noise), node)
     return executor(noise, *args, **kwargs)
 
 

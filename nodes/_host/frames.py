@@ -7,7 +7,7 @@ pack does: Diffusion Features by `batch_size`, TokenFlow by keyframes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,6 +141,14 @@ def follows_frames(control: Any) -> bool:
     return hasattr(control, "sub_idxs")
 
 
+def controls_of(cond: dict) -> Iterator[Any]:
+    """The ControlNets of a conditioning, the last applied first."""
+    control = cond.get("control")
+    while control is not None:
+        yield control
+        control = getattr(control, "previous_controlnet", None)
+
+
 def _rows_of(rows: Any) -> int:
     """Reference ControlNets hold other things than pictures as their hint."""
     return len(rows) if isinstance(rows, Tensor) else 1
@@ -177,12 +185,25 @@ def check_rows(conds: Iterable[dict], frames: int, node: str) -> None:
                     f"{node}: {what} has {len(cond[name])} rows for {frames} frames. Give it one, or one for each "
                     f"frame."
                 )
-        control = cond.get("control")
-        while control is not None:
+        for control in controls_of(cond):
             rows = 1 if follows_frames(control) else _rows_of(control.cond_hint_original)
             if rows not in (1, frames):
                 raise ValueError(
                     f"{node}: a ControlNet has {rows} hint images for {frames} frames. Give it one image, or one for "
                     f"each frame: make the hints from the same frames, with the same start, count and stride."
                 )
-            control = getattr(control, "previous_controlnet", None)
+
+
+def check_no_reference(conds: Iterable[dict], node: str) -> None:
+    """Raise when a reference ControlNet is in a conditioning.
+
+    Advanced-ControlNet's runs parts of the batch through self-attention by themselves, with the reference's tokens
+    beside theirs, so it is unknown which frames they are. Its hint is no picture.
+    """
+    for control in (control for cond in conds for control in controls_of(cond)):
+        hint = control.cond_hint_original
+        if hint is not None and not isinstance(hint, Tensor):
+            raise ValueError(
+                f"{node}: expected ControlNets that take a picture as their hint, got {type(control).__name__}, which "
+                f"changes self-attention. Remove the reference ControlNet from the prompts."
+            )

@@ -19,7 +19,7 @@ from ...cove.inversion import Inversion
 from ...cove.tokenflow import Between, between_keyframes, choose_keyframes, nearest_tokens, propagate
 from .attend import attend_with
 from .attention import check_slots
-from .frames import Cut, check_rows, cut_conds, frames_in
+from .frames import Cut, check_no_reference, check_rows, cut_conds, frames_in
 from .model import Block, blocks_of, grid_at, self_attention_levels, transformers_of, unet_of
 from .run_info import area_of, latent_size, options_with, publish_run
 from .sampling import check_not_compiled
@@ -248,7 +248,9 @@ def _check_run(flow: _Flow, patches, executor, noise: Tensor, latent_image, samp
     source.check_clip(noise)
     check_meets(source.inversion.sigmas, sigmas[:-1].tolist(), source.node)
     source.check_prompt()
-    check_rows([cond for some in guider.conds.values() for cond in some], len(noise), source.node)
+    conds = [cond for some in guider.conds.values() for cond in some]
+    check_no_reference(conds, source.node)
+    check_rows(conds, len(noise), source.node)
     return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
 
 
