@@ -93,6 +93,7 @@ class DiffusionFeatures(io.ComfyNode):
         _host.check_without(model, _host.INJECTION_KEY, "Feature Injection", node)
         _host.check_without(model, _host.TOKENFLOW_KEY, "TokenFlow", node)
         _host.check_not_compiled(model, node)
+        _host.check_no_motion_modules(model, node)
         _host.check_no_step_cache(model.wrappers, node)
         layer = _host.decoder_level_end(unet, level, node)
         grids = sorted(set(_host.self_attention_levels(unet).values()))

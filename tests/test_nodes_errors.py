@@ -191,6 +191,13 @@ def test_hints_of_other_frames(sd15, guide, control, invert, sample):
         invert(sd15, conditioning=three_before_two)
 
 
+def test_features_of_a_model_with_motion_modules(sd15, nodes):
+    model = sd15.clone()
+    model.set_model_forward_timestep_embed_patch([object, lambda layer, x, *_: layer(x)])
+    with refused("Diffusion Features", "without motion modules (AnimateDiff)", "Connect the checkpoint's MODEL"):
+        call(nodes["DiffusionFeatures"], model=model, latent=latents())
+
+
 # --- inversion and sampling that do not meet ---
 
 

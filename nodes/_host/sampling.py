@@ -128,6 +128,16 @@ def check_without(model, key: str, other: str, node: str) -> None:
         raise ValueError(f"{node}: expected a model without {other}, got one with it. Connect the one before it.")
 
 
+def check_no_motion_modules(model, node: str) -> None:
+    """Raise when MODEL has AnimateDiff's motion modules, which mix the frames of a batch and expect a whole window."""
+    patches = model.model_options["transformer_options"].get("patches", {})
+    if patches.get("forward_timestep_embed_patch"):
+        raise ValueError(
+            f"{node}: expected a model without motion modules (AnimateDiff), got one with them. Connect the "
+            f"checkpoint's MODEL, before the node that adds them."
+        )
+
+
 def is_compiled(model) -> bool:
     """Whether TorchCompileModel compiled the UNet of MODEL."""
     return bool(model.get_wrappers(comfy.patcher_extension.WrappersMP.APPLY_MODEL, COMPILE_KEY))
