@@ -60,10 +60,10 @@ def packs(session: nox.Session) -> None:
     comfy = Environment(session)
     host = comfy.provide_host()
     comfy.install(host)
-    beside = Environment(session, "packs", comfy)
-    beside.install_requirements(folders)
+    own = Environment(session, "packs", beside=comfy)
+    own.install_requirements(folders)
     environment = {"COMFYUI_PATH": str(host), "COVE_PACKS": os.pathsep.join(map(str, folders))}
-    beside.run("-m", "pytest", "tests/beside", "-v", "-rs", env=environment)
+    own.run("-m", "pytest", "tests/beside", "-v", "-rs", env=environment)
 
 
 @nox.session(venv_backend="none")
@@ -114,22 +114,23 @@ def evidence(session: nox.Session) -> None:
 
 
 class Environment:
-    """The one environment that every session shares which runs ComfyUI: torch is too large to have twice.
+    """An environment that runs ComfyUI. Sessions share the one named comfy: torch is too large to have twice.
 
-    One with another name and a `base` has packages of its own in front of those of the base.
+    beside: another environment, whose packages this one sees where it has none of its own.
     """
 
-    def __init__(self, session: nox.Session, name: str = "comfy", base: Environment | None = None):
+    def __init__(self, session: nox.Session, name: str = "comfy", beside: Environment | None = None):
         self.session, self.folder = session, ROOT / ".nox" / name
         self.python = str(self.folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python"))
         if not Path(self.python).is_file():
-            session.run(sys.executable, "-m", "virtualenv", "--quiet", str(self.folder), external=True)
-        if base is not None:
-            (self.site_packages() / "base.pth").write_text(str(base.site_packages()))
+            interpreter = () if beside is None else ("--python", beside.python)
+            session.run(sys.executable, "-m", "virtualenv", "--quiet", *interpreter, str(self.folder), external=True)
+        if beside is not None:
+            (self._packages() / "beside.pth").write_text(f"{beside._packages()}\n", encoding="utf-8")
 
-    def site_packages(self) -> Path:
-        where = "import sysconfig; print(sysconfig.get_path('purelib'))"
-        return Path(self.run("-c", where, silent=True, log=False).splitlines()[-1])
+    def _packages(self) -> Path:
+        question = "import sysconfig; print(sysconfig.get_path('purelib'))"
+        return Path(self.run("-c", question, silent=True, log=False).strip())
 
     def run(self, *arguments: str, **options) -> str | None:
         return self.session.run(self.python, *arguments, external=True, **options)
@@ -153,4 +154,4 @@ class Environment:
             arguments = [argument for path in lists for argument in ("-r", str(path))]
             self.run("-m", "pip", "install", "--quiet", *arguments)
         # A package that KJNodes needs installs its own tests as `tests`, where pytest looks for ours.
-        shutil.rmtree(self.site_packages() / "tests", ignore_errors=True)
+        shutil.rmtree(self._packages() / "tests", ignore_errors=True)

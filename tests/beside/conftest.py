@@ -7,6 +7,7 @@ skipped and say so.
 from __future__ import annotations
 
 import asyncio
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def use(comfy, base, folders) -> Callable[..., tuple]:
 
     All packs that were given are loaded into this process by the host's loader.
     """
-
+    importlib.import_module("utils.install_util")  # as main.py does: `nodes` puts comfy/ first, which has a utils.py
     import server
 
     import nodes

@@ -116,27 +116,16 @@ def test_latent_keyframes_with_windows(small, nodes, acn, advanced, stock, windo
 
 
 @pytest.mark.parametrize("blend", [True, False])
-def test_latent_keyframes_with_tokenflow(small, nodes, acn, advanced, blend):
-    """Equal strengths for all frames are one strength."""
+def test_latent_keyframes_with_tokenflow(small, nodes, acn, advanced, stock, blend):
+    """The same strength for every frame is a stock ControlNet of that strength."""
     (same,) = acn("LatentKeyframeGroup", index_strengths=", ".join(f"{index}=0.7" for index in range(FRAMES)))
-    source = advanced(prompt(1), hints(FRAMES), latent_kf_override=same)
-    noise, inversion = invert(nodes, small, source, latents(FRAMES), STEPS)
-    plain = advanced(prompt(1), hints(FRAMES), strength=0.7)
-    edits = [
-        (advanced(prompt(2), hints(FRAMES, seed=3), latent_kf_override=same), source),
-        (advanced(prompt(2), hints(FRAMES, seed=3), strength=0.7), plain),
-    ]
-    one, other = (
-        sample(
-            nodes,
-            flow(nodes, small, inversion, conditioning=source, blend_keyframes=blend),
-            noise,
-            edit,
-            steps=STEPS,
-        )
-        for edit, source in edits
-    )
-    assert_close(one, other, **CLOSE)
+    runs = []
+    for controlled in (partial(advanced, latent_kf_override=same), partial(stock, strength=0.7)):
+        source, edit = controlled(prompt(1), hints(FRAMES)), controlled(prompt(2), hints(FRAMES, seed=3))
+        noise, inversion = invert(nodes, small, source, latents(FRAMES), STEPS)
+        model = flow(nodes, small, inversion, conditioning=source, blend_keyframes=blend)
+        runs.append(sample(nodes, model, noise, edit, steps=STEPS))
+    assert_close(*runs, **CLOSE)
 
 
 # --- timestep keyframes ---
