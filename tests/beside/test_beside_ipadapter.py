@@ -1,4 +1,4 @@
-"""Beside IPAdapter: one image for all frames, and one image for each frame."""
+"""Beside IPAdapter: one image for all frames, one for each frame, and a mask for each frame."""
 
 from functools import partial
 
@@ -18,7 +18,7 @@ from tests.beside.checks import (
     equal_or_refused,
 )
 from tests.beside.models import tiny_clip_vision, write_ipadapter
-from tests.helpers import call, latents, prompt, state_of
+from tests.helpers import call, hints, latents, prompt, state_of
 from tests.inversion_helpers import ask, down, flow, guide, inject, invert, noise_like, part_of, sample, tiny
 
 
@@ -34,14 +34,14 @@ def model(comfy):
 
 @pytest.fixture(scope="session")
 def prompted(ipa, base, tmp_path_factory):
-    """MODEL and images -> the MODEL with an image prompt: of one image, or of one a frame."""
+    """MODEL and images -> the MODEL with an image prompt; images are those of the node, each one or one a frame."""
     name = write_ipadapter(base / "models/ipadapter/ip-adapter_sd15.safetensors").name
     (adapter,) = ipa("IPAdapterModelLoader", ipadapter_file=name)
     wires = {"ipadapter": adapter, "clip_vision": tiny_clip_vision(tmp_path_factory.mktemp("clip_vision"))}
 
     def with_images(model, images):
-        node = "IPAdapterAdvanced" if len(images) == 1 else "IPAdapterBatch"
-        return ipa(node, model=model, image=images, **wires)[0]
+        node = "IPAdapterAdvanced" if len(images["image"]) == 1 else "IPAdapterBatch"
+        return ipa(node, model=model, **images, **wires)[0]
 
     return with_images
 
@@ -53,7 +53,7 @@ def pictures(count):
 
 def some(images, frames):
     """The images of some of the frames."""
-    return images if len(images) == 1 else images[frames]
+    return {name: rows if len(rows) == 1 else rows[frames] for name, rows in images.items()}
 
 
 def each(noise):
@@ -61,7 +61,12 @@ def each(noise):
     return [noise | {"samples": frame[None]} for frame in noise["samples"]]
 
 
-IMAGES = pytest.mark.parametrize("images", [pictures(1), pictures(FRAMES)], ids=["one image", "one a frame"])
+KINDS = {
+    "one image": {"image": pictures(1)},
+    "one a frame": {"image": pictures(FRAMES)},
+    "a mask a frame": {"image": pictures(1), "attn_mask": hints(FRAMES)[..., 0].round()},
+}
+IMAGES = pytest.mark.parametrize("images", KINDS.values(), ids=KINDS)
 
 
 # --- each frame alone: the clip at once is its frames one by one ---

@@ -40,16 +40,25 @@ def kind(request):
 
 @torch.inference_mode()
 def test_inversion_edit_and_injection_run(model, nodes, referring, kind):
+    """It draws its own noise, unseeded: no two runs are alike."""
     source, _ = referring(prompt(1), prompt(3), kind)
     edits = referring(prompt(2), prompt(3), kind)
-    noise, inversion = invert(nodes, model, source, latents(FRAMES), STEPS)
-    assert (
-        noise["samples"] - invert(nodes, model, latent=latents(FRAMES), steps=STEPS)[0]["samples"]
-    ).abs().max() > 0.1
-    plain = invert(nodes, model, latent=latents(FRAMES), steps=STEPS)[1]
-    for patched in (model, inject(nodes, model, inversion, conditioning=source), inject(nodes, model, plain)):
+    noise, inversion = invert(nodes, model, latent=latents(FRAMES), steps=STEPS)
+    referred, _ = invert(nodes, model, source, latents(FRAMES), STEPS)
+    assert (referred["samples"] - noise["samples"]).abs().max() > 0.1
+    for patched in (model, inject(nodes, model, inversion)):
         edit = sample(nodes, patched, noise, *edits, steps=STEPS)
         assert (edit - sample(nodes, patched, noise, steps=STEPS)).abs().max() > 0.1
+
+
+@torch.inference_mode()
+def test_it_is_refused_by_name_for_a_source_that_runs_beside_the_edit(model, nodes, referring, kind):
+    """Only the prompts of the sampler reach its reference."""
+    source, _ = referring(prompt(1), prompt(3), kind)
+    noise, inversion = invert(nodes, model, source, latents(FRAMES), STEPS)
+    for name, patched in {"Feature Injection": inject, "TokenFlow": flow}.items():
+        with refused(name, "Reference ControlNet"):
+            sample(nodes, patched(nodes, model, inversion, conditioning=source), noise, steps=STEPS)
 
 
 @torch.inference_mode()
