@@ -57,19 +57,22 @@ def test_it_is_refused_by_name_for_a_source_that_runs_beside_the_edit(model, nod
     source, _ = referring(prompt(1), prompt(3), kind)
     noise, inversion = invert(nodes, model, source, latents(FRAMES), STEPS)
     for name, patched in {"Feature Injection": inject, "TokenFlow": flow}.items():
-        with refused(name, "Reference ControlNet"):
+        with refused(name, "reference ControlNet"):
             sample(nodes, patched(nodes, model, inversion, conditioning=source), noise, steps=STEPS)
 
 
+@pytest.mark.parametrize("used", [False, True])
 @torch.inference_mode()
-def test_it_is_refused_by_name_where_self_attention_is_replaced(model, nodes, referring, kind):
+def test_it_is_refused_by_name_where_self_attention_is_replaced(model, nodes, referring, kind, used):
     """It calls self-attention with parts of the batch, and with the reference's tokens among the keys."""
     noise, inversion = invert(nodes, model, latent=latents(FRAMES), steps=STEPS)
     edits = referring(prompt(2), prompt(3), kind)
+    if used:  # as in a second run of a workflow: its hint is then a tensor
+        sample(nodes, model, noise, *edits, steps=STEPS)
     for name, patched in {
         "Correspondence Attention": guide(nodes, model, latents(FRAMES)),
         "Correspondence Attention ": joint(nodes, model),
         "TokenFlow": flow(nodes, model, inversion),
     }.items():
-        with refused(name.strip(), "Reference ControlNet"):
+        with refused(name.strip(), "reference ControlNet"):
             sample(nodes, patched, noise, *edits, steps=STEPS)
