@@ -61,6 +61,16 @@ def test_it_is_refused_by_name_for_a_source_that_runs_beside_the_edit(model, nod
             sample(nodes, patched(nodes, model, inversion, conditioning=source), noise, steps=STEPS)
 
 
+@torch.inference_mode()
+def test_it_is_refused_by_name_where_features_are_stored(model, nodes, referring, kind):
+    """The first pass through the UNet is the reference's, whose features would be kept."""
+    source, _ = referring(prompt(1), prompt(3), kind)
+    for _ in range(2):
+        with refused("DDIM Inversion", "reference ControlNet"):
+            invert(nodes, model, source, latents(FRAMES), STEPS, storage="memory", feature_steps=3)
+        invert(nodes, model, source, latents(FRAMES), STEPS)
+
+
 @pytest.mark.parametrize("used", [False, True])
 @torch.inference_mode()
 def test_it_is_refused_by_name_where_self_attention_is_replaced(model, nodes, referring, kind, used):
