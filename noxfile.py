@@ -3,12 +3,17 @@
 nox -s edit -- [--clip FILE] [--checkpoint FILE] [--prompt TEXT] ...   edit a clip in a real ComfyUI
 nox -s measure -- SOURCE EDITED [--plot FILE]                          measure an edited clip against its source
 nox -s tests [-- pytest's arguments]                                   run the tests in a real ComfyUI
+nox -s packs -- FOLDER [FOLDER ...]                                    run it beside other packs, from their folders
 nox -s check                                                           formatting and lint
 nox -s train -- shapes                                                 train the demo model; goes on where it stopped
 nox -s evidence                                                        measure what docs/results.md says; goes on, too
 """
 
+from __future__ import annotations
+
 import hashlib
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -44,6 +49,21 @@ def tests(session: nox.Session) -> None:
     comfy.install(host)
     two = ("-n", "2", "--dist", "loadfile")  # two processes; tests of one file may build on one another
     comfy.run("-m", "pytest", *two, *session.posargs, env={"COMFYUI_PATH": str(host)})
+
+
+@nox.session(venv_backend="none")
+def packs(session: nox.Session) -> None:
+    """The tests beside other packs, in a real ComfyUI; what the packs need is installed into .nox/packs only."""
+    folders = [Path(session.invoked_from, argument).resolve() for argument in session.posargs]
+    if not folders or not all((folder / "pyproject.toml").is_file() for folder in folders):
+        session.error("packs needs the folders of other packs, each with a pyproject.toml: nox -s packs -- FOLDER ...")
+    comfy = Environment(session)
+    host = comfy.provide_host()
+    comfy.install(host)
+    own = Environment(session, "packs", beside=comfy)
+    own.install_requirements(folders)
+    environment = {"COMFYUI_PATH": str(host), "COVE_PACKS": os.pathsep.join(map(str, folders))}
+    own.run("-m", "pytest", "tests/beside", "-v", "-rs", env=environment)
 
 
 @nox.session(venv_backend="none")
@@ -94,13 +114,23 @@ def evidence(session: nox.Session) -> None:
 
 
 class Environment:
-    """The one environment that every session shares which runs ComfyUI: torch is too large to have twice."""
+    """An environment that runs ComfyUI. Sessions share the one named comfy: torch is too large to have twice.
 
-    def __init__(self, session: nox.Session):
-        self.session, self.folder = session, ROOT / ".nox" / "comfy"
+    beside: another environment, whose packages this one sees where it has none of its own.
+    """
+
+    def __init__(self, session: nox.Session, name: str = "comfy", beside: Environment | None = None):
+        self.session, self.folder = session, ROOT / ".nox" / name
         self.python = str(self.folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python"))
         if not Path(self.python).is_file():
-            session.run(sys.executable, "-m", "virtualenv", "--quiet", str(self.folder), external=True)
+            interpreter = () if beside is None else ("--python", beside.python)
+            session.run(sys.executable, "-m", "virtualenv", "--quiet", *interpreter, str(self.folder), external=True)
+        if beside is not None:
+            (self._packages() / "beside.pth").write_text(f"{beside._packages()}\n", encoding="utf-8")
+
+    def _packages(self) -> Path:
+        question = "import sysconfig; print(sysconfig.get_path('purelib'))"
+        return Path(self.run("-c", question, silent=True, log=False).strip())
 
     def run(self, *arguments: str, **options) -> str | None:
         return self.session.run(self.python, *arguments, external=True, **options)
@@ -116,3 +146,12 @@ class Environment:
         if not stamp.is_file() or stamp.read_text() != digest:
             self.run("-m", "pip", "install", "--quiet", *TORCH, *TEST, "-r", str(requirements))
             stamp.write_text(digest)
+
+    def install_requirements(self, folders: list[Path]) -> None:
+        """Install what these packs say they need."""
+        lists = [folder / "requirements.txt" for folder in folders if (folder / "requirements.txt").is_file()]
+        if lists:
+            arguments = [argument for path in lists for argument in ("-r", str(path))]
+            self.run("-m", "pip", "install", "--quiet", *arguments)
+        # A package that KJNodes needs installs its own tests as `tests`, where pytest looks for ours.
+        shutil.rmtree(self._packages() / "tests", ignore_errors=True)

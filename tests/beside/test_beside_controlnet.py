@@ -1,0 +1,194 @@
+"""Beside Advanced-ControlNet: hints, latent keyframes and timestep keyframes; with context windows and without."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from tests.beside.checks import CLOSE, FRAMES, STEPS, alone, equal_or_refused
+from tests.beside.models import tiny_controlnet
+from tests.helpers import hints, latents, prompt
+from tests.inversion_helpers import ALL, flow, guide, inject, invert, joint, sample
+
+STRENGTHS = (1.0, 0.7, 0.0, 0.4, 0.9)  # one a frame
+
+
+@pytest.fixture(scope="session")
+def stock(use):
+    """Conditioning and hints -> the conditioning with a ControlNet, as the host's node makes it."""
+    return partial(apply, use, "ControlNetApplyAdvanced")
+
+
+@pytest.fixture(scope="session")
+def advanced(acn):
+    """Conditioning and hints -> the conditioning with Advanced-ControlNet's ControlNet."""
+    return partial(apply, acn, "ACN_AdvancedControlNetApply_v2")
+
+
+def apply(use, node, conditioning, image, **optional):
+    wires = {"positive": conditioning, "negative": conditioning, "control_net": tiny_controlnet(), "image": image}
+    return use(node, **wires, **optional)[0]
+
+
+# --- hints ---
+
+
+@pytest.mark.parametrize("images", [1, FRAMES])
+def test_hints_as_those_of_a_stock_controlnet(small, nodes, advanced, stock, images):
+    guided = guide(nodes, small, latents(FRAMES))
+    runs = []
+    for controlled in (stock, advanced):
+        source, edit = controlled(prompt(1), hints(images)), controlled(prompt(2), hints(images, seed=3))
+        noise, inversion = invert(nodes, guided, source, latents(FRAMES), STEPS)
+        model = inject(nodes, guided, inversion, conditioning=source, **ALL)
+        runs.append((noise["samples"], sample(nodes, model, noise, edit, steps=STEPS)))
+    for one, other in zip(*runs, strict=True):
+        assert_close(other, one, **CLOSE)
+
+
+def test_tokenflow_with_hints(small, nodes, advanced, stock):
+    runs = []
+    for controlled in (stock, advanced):
+        source, edit = controlled(prompt(1), hints(FRAMES)), controlled(prompt(2), hints(FRAMES, seed=3))
+        noise, inversion = invert(nodes, small, source, latents(FRAMES), STEPS)
+        model = flow(nodes, small, inversion, conditioning=source)
+        runs.append(sample(nodes, model, noise, edit, steps=STEPS))
+    assert_close(runs[1], runs[0], **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["stock", "advanced"])
+@pytest.mark.parametrize("images", [1, FRAMES])
+def test_hints_with_windows(small, nodes, advanced, stock, windowed, images, kind):
+    """Of the edit and of the inversion, each frame alone."""
+    controlled = stock if kind == "stock" else advanced
+    source, edit = controlled(prompt(1), hints(images)), controlled(prompt(2), hints(images, seed=3))
+    noise, _ = invert(nodes, small, source, latents(FRAMES), STEPS)
+    model = windowed(small, partial(alone, nodes))
+    equal_or_refused(lambda: invert(nodes, model, source, latents(FRAMES), STEPS)[0]["samples"], noise["samples"])
+    expected = sample(nodes, alone(nodes, small), noise, edit, steps=STEPS)
+    equal_or_refused(lambda: sample(nodes, model, noise, edit, steps=STEPS), expected)
+
+
+@pytest.mark.parametrize("kind", ["stock", "advanced"])
+@pytest.mark.parametrize("images", [1, FRAMES])
+def test_hints_of_the_source_with_windows(small, nodes, advanced, stock, windowed, images, kind):
+    source = (stock if kind == "stock" else advanced)(prompt(1), hints(images))
+    noise, inversion = invert(nodes, small, source, latents(FRAMES), STEPS)
+
+    def patch(model):
+        return inject(nodes, model, inversion, conditioning=source, **ALL)
+
+    expected = sample(nodes, patch(small), noise, steps=STEPS)
+    equal_or_refused(lambda: sample(nodes, windowed(small, patch), noise, steps=STEPS), expected)
+
+
+# --- latent keyframes ---
+
+
+def keyframes(acn):
+    text = ", ".join(f"{index}={strength}" for index, strength in enumerate(STRENGTHS))
+    return acn("LatentKeyframeGroup", index_strengths=text)[0]
+
+
+def one_by_one(nodes, small, stock, noise):
+    """The edit where every frame is alone, with a stock ControlNet of its own strength."""
+    pictures, edits = hints(FRAMES, seed=3), []
+    for index, strength in enumerate(STRENGTHS):
+        edit = stock(prompt(2), pictures[[index]], strength=strength) if strength else prompt(2)
+        edits.append(sample(nodes, small, noise | {"samples": noise["samples"][[index]]}, edit, steps=STEPS))
+    return torch.cat(edits)
+
+
+def test_latent_keyframes(small, nodes, acn, advanced, stock):
+    noise, _ = invert(nodes, small, latent=latents(FRAMES), steps=STEPS)
+    edit = advanced(prompt(2), hints(FRAMES, seed=3), latent_kf_override=keyframes(acn))
+    expected = one_by_one(nodes, small, stock, noise)
+    assert_close(sample(nodes, alone(nodes, small), noise, edit, steps=STEPS), expected, **CLOSE)
+
+
+def test_latent_keyframes_with_windows(small, nodes, acn, advanced, stock, windowed):
+    noise, _ = invert(nodes, small, latent=latents(FRAMES), steps=STEPS)
+    edit = advanced(prompt(2), hints(FRAMES, seed=3), latent_kf_override=keyframes(acn))
+    model = windowed(small, partial(alone, nodes))
+    expected = one_by_one(nodes, small, stock, noise)
+    equal_or_refused(lambda: sample(nodes, model, noise, edit, steps=STEPS), expected)
+
+
+@pytest.mark.parametrize("blend", [True, False])
+def test_latent_keyframes_with_tokenflow(small, nodes, acn, advanced, stock, blend):
+    """The same strength for every frame is a stock ControlNet of that strength."""
+    (same,) = acn("LatentKeyframeGroup", index_strengths=", ".join(f"{index}=0.7" for index in range(FRAMES)))
+    runs = []
+    for controlled in (partial(advanced, latent_kf_override=same), partial(stock, strength=0.7)):
+        source, edit = controlled(prompt(1), hints(FRAMES)), controlled(prompt(2), hints(FRAMES, seed=3))
+        noise, inversion = invert(nodes, small, source, latents(FRAMES), STEPS)
+        model = flow(nodes, small, inversion, conditioning=source, blend_keyframes=blend)
+        runs.append(sample(nodes, model, noise, edit, steps=STEPS))
+    assert_close(*runs, **CLOSE)
+
+
+# --- timestep keyframes ---
+
+
+def until_half(acn):
+    """The ControlNet at full strength in the first half of sampling, and not at all afterwards."""
+    (first,) = acn("TimestepKeyframe", start_percent=0.0, strength=1.0)
+    return acn("TimestepKeyframe", start_percent=0.5, strength=0.0, prev_timestep_kf=first)[0]
+
+
+def test_timestep_keyframes_of_the_edit(small, nodes, acn, advanced):
+    guided = joint(nodes, small)
+    noise, _ = invert(nodes, guided, latent=latents(FRAMES), steps=STEPS)
+    edits = [
+        advanced(prompt(2), hints(FRAMES), **settings)
+        for settings in ({"end_percent": 0.5}, {"timestep_kf": until_half(acn)}, {})
+    ]
+    stopped, keyed, whole = (sample(nodes, guided, noise, edit, steps=STEPS) for edit in edits)
+    assert_close(keyed, stopped, **CLOSE)
+    assert (whole - stopped).abs().max() > 1e-2
+
+
+def test_timestep_keyframes_of_an_inversion(small, nodes, acn, advanced):
+    """Sigma climbs there, and Advanced-ControlNet's keyframes go forward only."""
+    stopped = advanced(prompt(1), hints(FRAMES), end_percent=0.5)
+    keyed = advanced(prompt(1), hints(FRAMES), timestep_kf=until_half(acn))
+    expected = invert(nodes, small, stopped, latents(FRAMES), STEPS)[0]["samples"]
+    equal_or_refused(lambda: invert(nodes, small, keyed, latents(FRAMES), STEPS)[0]["samples"], expected)
+
+
+@pytest.mark.parametrize("storage", ["recompute", "memory"])
+def test_timestep_keyframes_of_the_source(small, nodes, acn, advanced, storage):
+    stopped = advanced(prompt(1), hints(FRAMES), end_percent=0.5)
+    keyed = advanced(prompt(1), hints(FRAMES), timestep_kf=until_half(acn))
+    stored = {"storage": storage, **ALL}
+    noise, inversion = invert(nodes, small, stopped, latents(FRAMES), STEPS, **stored)
+    expected = sample(nodes, inject(nodes, small, inversion, conditioning=stopped, **ALL), noise, steps=STEPS)
+    if storage == "memory":  # taken during the inversion
+        try:
+            inversion = invert(nodes, small, keyed, latents(FRAMES), STEPS, **stored)[1]
+        except ValueError as error:
+            assert str(error).startswith("DDIM Inversion: ")
+            return
+    got = sample(nodes, inject(nodes, small, inversion, conditioning=keyed, **ALL), noise, steps=STEPS)
+    assert_close(got, expected, **CLOSE)
+
+
+def test_an_inversion_with_other_keyframes_begins_anew(small, nodes, acn, advanced):
+    import comfy.model_management as management
+
+    (weak,) = acn("TimestepKeyframe", start_percent=0.0, strength=0.2)
+    one, other = advanced(prompt(1), hints(FRAMES)), advanced(prompt(1), hints(FRAMES), timestep_kf=weak)
+    expected = invert(nodes, small, other, latents(FRAMES), STEPS)[0]["samples"]
+    calls = []
+
+    def break_off(*call):
+        calls.append(call)
+        if len(calls) > 2:
+            raise management.InterruptProcessingException
+
+    hook = small.model.diffusion_model.register_forward_pre_hook(break_off)
+    with pytest.raises(management.InterruptProcessingException):
+        invert(nodes, small, one, latents(FRAMES), STEPS)
+    hook.remove()
+    assert_close(invert(nodes, small, other, latents(FRAMES), STEPS)[0]["samples"], expected, **CLOSE)

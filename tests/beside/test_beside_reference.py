@@ -1,0 +1,88 @@
+"""Beside Advanced-ControlNet's Reference ControlNet, which runs the UNet on a reference before it runs on the clip."""
+
+import pytest
+import torch
+
+from tests.helpers import hints, latents, prompt, refused
+from tests.inversion_helpers import flow, guide, inject, invert, joint, sample, tiny
+from tests.random_models import vae_weights
+
+FRAMES, STEPS = 3, 3
+
+
+@pytest.fixture(scope="module")
+def model(comfy):
+    """A tiny MODEL in the shape of SD1.5, not shared: its blocks keep a `forward` of their own afterwards."""
+    with torch.inference_mode():
+        yield tiny("sd15", seed=1)
+
+
+@pytest.fixture(scope="session")
+def referring(acn):
+    """Conditioning -> the conditioning with a Reference ControlNet."""
+    import comfy.sd
+
+    vae = comfy.sd.VAE(sd={name: weight.clone() for name, weight in vae_weights(0.18215).items()})
+
+    def with_reference(positive, negative, kind):
+        (net,) = acn("ACN_ReferenceControlNet", reference_type=kind)
+        (image,) = acn("ACN_ReferencePreprocessor", image=hints(1, seed=5), vae=vae, latent_size=latents(FRAMES))
+        wires = {"positive": positive, "negative": negative, "control_net": net, "image": image}
+        return acn("ACN_AdvancedControlNetApply_v2", **wires)
+
+    return with_reference
+
+
+@pytest.fixture(params=["reference_attn", "reference_adain", "reference_attn+adain"])
+def kind(request):
+    return request.param
+
+
+@torch.inference_mode()
+def test_inversion_edit_and_injection_run(model, nodes, referring, kind):
+    """It draws its own noise, unseeded: no two runs are alike."""
+    source, _ = referring(prompt(1), prompt(3), kind)
+    edits = referring(prompt(2), prompt(3), kind)
+    noise, inversion = invert(nodes, model, latent=latents(FRAMES), steps=STEPS)
+    referred, _ = invert(nodes, model, source, latents(FRAMES), STEPS)
+    assert (referred["samples"] - noise["samples"]).abs().max() > 0.1
+    for patched in (model, inject(nodes, model, inversion)):
+        edit = sample(nodes, patched, noise, *edits, steps=STEPS)
+        assert (edit - sample(nodes, patched, noise, steps=STEPS)).abs().max() > 0.1
+
+
+@torch.inference_mode()
+def test_it_is_refused_by_name_for_a_source_that_runs_beside_the_edit(model, nodes, referring, kind):
+    """Only the prompts of the sampler reach its reference."""
+    source, _ = referring(prompt(1), prompt(3), kind)
+    noise, inversion = invert(nodes, model, source, latents(FRAMES), STEPS)
+    for name, patched in {"Feature Injection": inject, "TokenFlow": flow}.items():
+        with refused(name, "reference ControlNet"):
+            sample(nodes, patched(nodes, model, inversion, conditioning=source), noise, steps=STEPS)
+
+
+@torch.inference_mode()
+def test_it_is_refused_by_name_where_features_are_stored(model, nodes, referring, kind):
+    """The first pass through the UNet is the reference's, whose features would be kept."""
+    source, _ = referring(prompt(1), prompt(3), kind)
+    for _ in range(2):
+        with refused("DDIM Inversion", "reference ControlNet"):
+            invert(nodes, model, source, latents(FRAMES), STEPS, storage="memory", feature_steps=3)
+        invert(nodes, model, source, latents(FRAMES), STEPS)
+
+
+@pytest.mark.parametrize("used", [False, True])
+@torch.inference_mode()
+def test_it_is_refused_by_name_where_self_attention_is_replaced(model, nodes, referring, kind, used):
+    """It calls self-attention with parts of the batch, and with the reference's tokens among the keys."""
+    noise, inversion = invert(nodes, model, latent=latents(FRAMES), steps=STEPS)
+    edits = referring(prompt(2), prompt(3), kind)
+    if used:  # as in a second run of a workflow: its hint is then a tensor
+        sample(nodes, model, noise, *edits, steps=STEPS)
+    for name, patched in {
+        "Correspondence Attention": guide(nodes, model, latents(FRAMES)),
+        "Correspondence Attention ": joint(nodes, model),
+        "TokenFlow": flow(nodes, model, inversion),
+    }.items():
+        with refused(name.strip(), "reference ControlNet"):
+            sample(nodes, patched, noise, *edits, steps=STEPS)
