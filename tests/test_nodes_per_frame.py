@@ -322,6 +322,32 @@ def test_keyframes_run_alone_with_what_is_theirs(small, nodes, kind):
     assert_near(got, expected)
 
 
+class FollowingControl:
+    """Hints known to frames by `ad_params`, kept until `sub_idxs` or the size say otherwise (Advanced-ControlNet)."""
+
+    def __init__(self, frames=LONG):
+        self.strengths, self.kept, self.sub_idxs = torch.rand(frames), None, None
+
+    def __call__(self, tokens, options):
+        params = options["ad_params"]
+        if params["sub_idxs"] is not None or self.kept is None:
+            self.kept = self.strengths if params["sub_idxs"] is None else self.strengths[params["sub_idxs"]]
+        batch = len(tokens) // len(options["cond_or_uncond"])
+        shares = self.kept[torch.arange(batch) % len(self.kept)].repeat(len(options["cond_or_uncond"]))
+        return tokens * (1 + shares[:, None, None])
+
+
+def test_the_whole_clip_is_named_after_a_part_of_it_ran(small, nodes):
+    """Else those who keep what they read last go on with the frames of the part: keyframes, then all frames."""
+    follower = FollowingControl()
+    model = small.clone()
+    model.set_model_attn2_output_patch(follower)
+    noise, inversion = invert(nodes, model, latent=latents(LONG))
+    flowing = flow(nodes, model, inversion, 3)
+    expected = sample(nodes, flow(nodes, evolved(model, whole=True), inversion, 3), noise)
+    assert_near(sample(nodes, flowing, noise), expected)
+
+
 # --- windows with an anchor ---
 
 
@@ -418,12 +444,20 @@ def test_reference_controlnets_are_refused_where_self_attention_is_replaced(smal
     net.cond_hint_original, net.strength = Reference(), 0.0
     conditioning = [[text, {**extras, "control": net}]]
     _, inversion = invert(nodes, small)
+    wrong = ("expected ControlNets that take a picture", "got ControlNet", "Remove the reference")
     for node, model in (
         ("Correspondence Attention", alone(nodes, small)),
         ("TokenFlow", flow(nodes, small, inversion)),
     ):
-        with refused(node, "expected ControlNets that take a picture", "got ControlNet", "Remove the reference"):
+        with refused(node, *wrong):
             answer_at(model, inversion, 1, conditioning)
+    with refused("DDIM Inversion", *wrong):
+        invert(nodes, small, conditioning=conditioning, storage="memory", **ALL)
+    with refused("Feature Injection", *wrong):
+        answer_at(inject(nodes, small, inversion, conditioning=conditioning, **ALL), inversion, 1)
+    net.cond_hint_original, net.ref_opts = hints(1), object()  # as it is once it has run
+    with refused("Correspondence Attention", *wrong):
+        answer_at(alone(nodes, small), inversion, 1, conditioning)
 
 
 def test_a_batch_cut_without_a_word_is_refused(small, nodes):

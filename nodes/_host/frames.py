@@ -198,11 +198,11 @@ def check_no_reference(conds: Iterable[dict], node: str) -> None:
     """Raise when a reference ControlNet is in a conditioning.
 
     Advanced-ControlNet's runs parts of the batch through self-attention by themselves, with the reference's tokens
-    beside theirs, so it is unknown which frames they are. Its hint is no picture.
+    beside theirs, so it is unknown which frames they are. Its hint is no picture until a run has begun.
     """
     for control in (control for cond in conds for control in controls_of(cond)):
         hint = control.cond_hint_original
-        if hint is not None and not isinstance(hint, Tensor):
+        if hasattr(control, "ref_opts") or not isinstance(hint, Tensor | None):
             raise ValueError(
                 f"{node}: expected ControlNets that take a picture as their hint, got {type(control).__name__}, which "
                 f"changes self-attention. Remove the reference ControlNet from the prompts."

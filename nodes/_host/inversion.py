@@ -12,6 +12,7 @@ from typing import Any
 
 import comfy.model_management
 import comfy.patcher_extension
+import comfy.sampler_helpers
 import folder_paths
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from ...cove.inversion import Inversion, UnfinishedInversion, on_disk, step_at, 
 from . import injection
 from .attention import guidance_of
 from .files import saving
+from .frames import check_no_reference
 from .identity import model_fingerprint, run_fingerprint, source_prompt
 from .keyframes import Climbing, Remembered
 from .sampling import GRID_KEY, GUIDANCE_KEY, check_not_compiled, is_compiled, preview, run
@@ -125,6 +127,8 @@ def invert(
 
     `tell` shows a line to the user, as `say` does: first `line`, with what is kept of the run while it is unfinished.
     """
+    if storage.sites:
+        check_no_reference(comfy.sampler_helpers.convert_cond(conditioning), node)
     remembered = Remembered(conditioning, model)
     unfinished = UnfinishedInversion(
         _unfinished_folder(), run_fingerprint(model, conditioning, latent["samples"], sigmas, refinements)

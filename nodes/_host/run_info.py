@@ -68,9 +68,13 @@ def publish_run(model) -> None:
 
 @dataclass(eq=False)
 class _Clip:
-    """The clip of one run, and its ControlNets cut to parts of it, kept for the evaluations at one sigma."""
+    """The clip of one run, and its ControlNets cut to parts of it, kept for the evaluations at one sigma.
+
+    was_cut: whether some evaluation of the run was on a part of the clip.
+    """
 
     frames: int
+    was_cut: bool = False
     sigma: float = -1.0
     controls: dict[tuple[int, ...], dict[int, Any]] = field(default_factory=dict)
 
@@ -117,6 +121,7 @@ def _evaluate(clip: _Clip, executor, model, conds, x_in: Tensor, timestep: Tenso
             f"which. Remove the node that cuts batches, or use ComfyUI's or AnimateDiff-Evolved's context windows."
         )
     if frames is not None:
+        clip.was_cut = True
         if clip.sigma != sigma:
             clip.sigma, clip.controls = sigma, {}
         conds = cut_conds(conds, frames, range(len(frames)), clip.frames)
@@ -128,6 +133,9 @@ def _evaluate(clip: _Clip, executor, model, conds, x_in: Tensor, timestep: Tenso
         return min(height, size[0] - top), min(width, size[1] - left), top, left
 
     areas = {cond["uuid"]: inside(*cond["area"]) for some in conds for cond in some or [] if "area" in cond}
-    info = RunInfo(sigma, size, areas, tuple(range(clip.frames)) if frames is None else frames)
-    published = {KEY: info, "ad_params": ad_params_of(options, frames, clip.frames)}
+    whole = tuple(range(clip.frames))
+    info = RunInfo(sigma, size, areas, whole if frames is None else frames)
+    # Advanced-ControlNet keeps the hints of the part before unless the whole clip is named frame by frame.
+    named = whole if frames is None and clip.was_cut else frames
+    published = {KEY: info, "ad_params": ad_params_of(options, named, clip.frames)}
     return executor(model, conds, x_in, timestep, options_with(model_options, **published))

@@ -13,7 +13,7 @@ import comfy.samplers
 from torch import Tensor
 
 from ...cove.inversion import Inversion, step_at
-from .frames import check_rows, cut_conds, frames_in
+from .frames import check_no_reference, check_rows, cut_conds, frames_in
 from .run_info import area_of, options_with
 from .start import start_warnings
 
@@ -80,7 +80,9 @@ class SourceBranch:
                 f"{self.node}: the source prompt carries hooks (a LoRA on the prompt), which the host does not load "
                 f"for a source that runs beside the edit. Put the LoRA on the model."
             )
-        check_rows(comfy.sampler_helpers.convert_cond(self.conditioning), self.inversion.frames, self.node)
+        conds = comfy.sampler_helpers.convert_cond(self.conditioning)
+        check_no_reference(conds, self.node)
+        check_rows(conds, self.inversion.frames, self.node)
 
     @contextmanager
     def ready(self, guider, extra_args: dict[str, Any], noise: Tensor) -> Iterator[dict[str, Any]]:
