@@ -1,12 +1,22 @@
 """A MODEL with TokenFlow among other nodes: what it works beside, what is refused, that no trace is left."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.helpers import FRAMES, HEIGHT, WIDTH, call, hints, latents, prompt, refused, state_of, transformer
+from tests.helpers import (
+    FRAMES,
+    HEIGHT,
+    WIDTH,
+    call,
+    hints,
+    latents,
+    prompt,
+    refused,
+    set_free_memory,
+    state_of,
+    transformer,
+)
 from tests.inversion_helpers import (
     ALL,
     SITES,
@@ -225,11 +235,10 @@ def test_a_source_prompt_that_an_inversion_cannot_hold_is_connected_again(sd15, 
 
 @pytest.mark.parametrize("memory", ["enough", "short"])
 def test_a_source_prompt_of_several_parts(comfy, small, nodes, monkeypatch, memory):
-    import comfy.samplers
 
     noise, inversion = invert(nodes, small, steps=1)
     if memory == "short":  # they come one after another
-        monkeypatch.setattr(comfy.samplers, "model_management", SimpleNamespace(get_free_memory=lambda device: 0))
+        set_free_memory(monkeypatch, 0)
     for source in ([*prompt(1), *prompt(2)], prompt(1, area=(3, 4, 1, 3))):
         with refused(NODE, "one source prompt for the whole picture", "Use a plain prompt"):
             sample(nodes, flow(nodes, small, inversion, conditioning=source), noise, steps=1)
