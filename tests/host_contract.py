@@ -2,7 +2,7 @@
 
 `USES` has a line for each name. A call lists its parameters as the pack passes them: by position, then after `*` by
 name. CLASS: a class that is derived from or asked for. VALUE: a constant or a variable. FIELD: read or set on
-instances. KEY: read from a dictionary, whose name stands before the bracket.
+instances. KEY: read from a dictionary, whose name stands before the bracket. OPTIONAL: set on instances where the host has it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-CLASS, VALUE, FIELD, KEY = "class", "value", "field", "key"
-KINDS = (CLASS, VALUE, FIELD, KEY)
+CLASS, VALUE, FIELD, KEY, OPTIONAL = "class", "value", "field", "key", "optional field"
+KINDS = (CLASS, VALUE, FIELD, KEY, OPTIONAL)
 
 FACTS = Path(__file__).with_name("host_facts.json")
 MISSING = "missing"
@@ -231,7 +231,7 @@ USES = {
     "comfy.sd.VAE.memory_used_decode": FIELD,
     "comfy.sd.VAE.memory_used_encode": FIELD,
     "comfy.sd.VAE.patcher": FIELD,
-    "comfy.sd.VAE.size": FIELD,
+    "comfy.sd.VAE.size": OPTIONAL,
     "comfy.sd.VAE.upscale_ratio": FIELD,
     "comfy.sd.VAE.vae_dtype": FIELD,
     "comfy.sd1_clip.SD1ClipModel": "*, clip_model",
@@ -330,7 +330,7 @@ def fact_of(name: str, kind: str, instances: dict[str, Any], keys: dict[str, set
         owner, key = name.rstrip("]").split("[")
         return KEY if key in keys[owner] else MISSING
     owner, _, attribute = name.rpartition(".")
-    if kind == FIELD:
+    if kind in (FIELD, OPTIONAL):
         return FIELD if hasattr(instances[owner], attribute) else MISSING
     try:
         found = from_source(name) if name.startswith("server.") else resolve(name)
