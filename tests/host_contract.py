@@ -2,7 +2,8 @@
 
 `USES` has a line for each name. A call lists its parameters as the pack passes them: by position, then after `*` by
 name. CLASS: a class that is derived from or asked for. VALUE: a constant or a variable. FIELD: read or set on
-instances. KEY: read from a dictionary, whose name stands before the bracket. OPTIONAL: set on instances where the host has it.
+instances. OPTIONAL: set on instances, and not read where the host does not have it. KEY: read from a dictionary, whose
+name stands before the bracket.
 """
 
 from __future__ import annotations
@@ -349,8 +350,10 @@ def recorded() -> dict[str, dict[str, list[str]]]:
 
 
 def facts_of(version: str) -> dict[str, str]:
-    """Line of `USES` -> what is recorded of this version."""
-    return {name: fact for name, found in recorded().items() for fact, versions in found.items() if version in versions}
+    """Line of `USES` -> what is recorded of this version, where something is."""
+    known = recorded()
+    found = {name: [fact for fact, versions in known.get(name, {}).items() if version in versions] for name in USES}
+    return {name: facts[0] for name, facts in found.items() if facts}
 
 
 def record(version: str, facts: dict[str, str]) -> None:
