@@ -2,8 +2,8 @@
 
 `USES` has a line for each name. A call lists its parameters as the pack passes them: by position, then after `*` by
 name. CLASS: a class that is derived from or asked for. VALUE: a constant or a variable. FIELD: read or set on
-instances. OPTIONAL: set on instances, and not read where the host does not have it. KEY: read from a dictionary, whose
-name stands before the bracket.
+instances. OPTIONAL: such a field that older or newer ComfyUIs lack. KEY: read from a dictionary, whose name stands before
+the bracket.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ USES = {
     "comfy.samplers.KSamplerX0Inpaint.inner_model": FIELD,
     "comfy.samplers.calc_cond_batch": "model, conds, x_in, timestep, model_options",
     "comfy.samplers.process_conds": "model, noise, conds, device, *, seed",
-    "comfy.context_windows.IndexListContextWindow": "index_list",
+    "comfy.context_windows.IndexListContextWindow.causal_anchor_index": OPTIONAL,
     "comfy.context_windows.IndexListContextWindow.index_list": FIELD,
     "comfy.context_windows.IndexListContextHandler.context_length": FIELD,
     "comfy_api.torch_helpers.torch_compile.COMPILE_KEY": VALUE,
@@ -117,6 +117,8 @@ USES = {
     "extra_args[model_options]": KEY,
     "extra_args[seed]": KEY,
     # --- prompts and latents ---
+    "comfy.conds.CONDConstant": CLASS,
+    "comfy.conds.CONDRegular._copy_with": "self, cond",
     "comfy.conds.CONDRegular.cond": FIELD,
     "LATENT[samples]": KEY,
     "LATENT[noise_mask]": KEY,
@@ -134,11 +136,14 @@ USES = {
     "cond[model_conds]": KEY,
     "cond[uuid]": KEY,
     "comfy.controlnet.ControlBase": CLASS,
+    "comfy.controlnet.ControlNet.cond_hint": FIELD,
     "comfy.controlnet.ControlNet.cond_hint_original": FIELD,
     "comfy.controlnet.ControlNet.control_model": FIELD,
     "comfy.controlnet.ControlNet.extra_args": FIELD,
+    "comfy.controlnet.ControlNet.extra_concat": FIELD,
     "comfy.controlnet.ControlNet.extra_concat_orig": FIELD,
     "comfy.controlnet.ControlNet.global_average_pooling": FIELD,
+    "comfy.controlnet.ControlNet.multigpu_clones": OPTIONAL,
     "comfy.controlnet.ControlNet.previous_controlnet": FIELD,
     "comfy.controlnet.ControlNet.strength": FIELD,
     "comfy.controlnet.ControlNet.timestep_percent_range": FIELD,
