@@ -2,8 +2,8 @@
 
 `USES` has a line for each name. A call lists its parameters as the pack passes them: by position, then after `*` by
 name. CLASS: a class that is derived from or asked for. VALUE: a constant or a variable. FIELD: read or set on
-instances. OPTIONAL: such a field that older or newer ComfyUIs lack. KEY: read from a dictionary, whose name stands before
-the bracket.
+instances. OPTIONAL: such a field that older or newer ComfyUIs lack. KEY: read from a dictionary, whose name stands
+before the bracket.
 """
 
 from __future__ import annotations
