@@ -95,7 +95,7 @@ def lacks_a_file(server, node: dict) -> bool:
     """Whether a node names a file that is not there, which newer pages mark."""
     slots = server.object_info()[node["class_type"]]["input"]["required"]
     named = {slot: value for slot, value in node["inputs"].items() if slot in FILES}
-    return any(value not in choices_of(*slots[slot]) for slot, value in named.items())
+    return any(value not in choices_of(slots[slot]) for slot, value in named.items())
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -106,7 +106,7 @@ def test_inputs_are_what_the_nodes_accept(server, name):
             kind, options = (*known[slot], {})[:2]
             if isinstance(value, list):
                 assert info[prompt[value[0]]["class_type"]]["output"][value[1]] == kind, (node, slot)
-            elif (choices := choices_of(kind, options)) is not None:
+            elif (choices := choices_of(known[slot])) is not None:
                 assert slot in FILES or value in choices, (node, slot)
             else:
                 types = {"INT": int, "FLOAT": int | float, "STRING": str, "BOOLEAN": bool}

@@ -37,8 +37,9 @@ def api_form(name: str) -> dict[str, Any]:
     return json.loads((PACK / "workflows" / "api" / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def choices_of(kind: str | list, options: dict[str, Any]) -> list | None:
+def choices_of(slot: list) -> list | None:
     """What an input in /object_info can be chosen from; newer hosts have combos that bring inputs of their own."""
+    kind, options = (*slot, {})[:2]
     if isinstance(kind, list):
         return kind
     if kind == "COMFY_DYNAMICCOMBO_V3":
