@@ -30,6 +30,13 @@ def call(node, **inputs) -> tuple:
     return node.execute(**defaults | inputs).args
 
 
+def run_stock(node, *inputs) -> tuple:
+    """What a stock node gives out. Older hosts have some of them in the older form, a method that the class names."""
+    if hasattr(node, "execute"):
+        return node.execute(*inputs).args
+    return getattr(node(), node.FUNCTION)(*inputs)
+
+
 def windowed(model, **settings):
     """MODEL with core's context windows: `WINDOWS` but for `settings`, and the defaults of what newer hosts add."""
     from comfy_extras.nodes_context_windows import ContextWindowsManualNode

@@ -9,7 +9,19 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
-from tests.helpers import FRAMES, HEIGHT, WIDTH, call, latents, predict, prompt, set_free_memory, state_of, windowed
+from tests.helpers import (
+    FRAMES,
+    HEIGHT,
+    WIDTH,
+    call,
+    latents,
+    predict,
+    prompt,
+    run_stock,
+    set_free_memory,
+    state_of,
+    windowed,
+)
 
 LEVEL_0, LEVEL_1 = (5, 7), (3, 4)  # token grids of 5x7 latents in a UNet of two levels
 
@@ -312,8 +324,8 @@ def test_perturbed_attention_guidance_works_beside_it(comfy, sd15, guide, matche
     from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 
     guided = guide(sd15, matches())
-    after = PerturbedAttentionGuidance.execute(guided, 3.0).args[0]
-    before = guide(PerturbedAttentionGuidance.execute(sd15, 3.0).args[0], matches())
+    after = run_stock(PerturbedAttentionGuidance, guided, 3.0)[0]
+    before = guide(run_stock(PerturbedAttentionGuidance, sd15, 3.0)[0], matches())
     got = predict(after, latents(), prompt(1), prompt(2), cfg=2.0)
     assert got.isfinite().all()
     assert (got - predict(guided, latents(), prompt(1), prompt(2), cfg=2.0)).abs().mean() > 1e-3

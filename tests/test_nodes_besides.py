@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from tests.helpers import call, hints, latents, prompt, refused, set_free_memory
+from tests.helpers import call, hints, latents, prompt, refused, run_stock, set_free_memory
 from tests.inversion_helpers import ALL, SITES, edited_at, guide, inject, invert, same, sample, source_at
 
 
@@ -91,7 +91,7 @@ def test_a_full_disk_is_named_where_it_costs_more(small, nodes, pack, monkeypatc
 def test_features_are_the_sources_where_guidance_runs_the_unet_again(comfy, small, nodes):
     from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 
-    perturbed = PerturbedAttentionGuidance.execute(small, 3.0).args[0]
+    perturbed = run_stock(PerturbedAttentionGuidance, small, 3.0)[0]
     noise, latents_only = invert(nodes, perturbed)
     _, stored = invert(nodes, perturbed, storage="memory", **ALL)
     for step in range(3):

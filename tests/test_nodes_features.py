@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.helpers import FRAMES, HEIGHT, WIDTH, call, latents, prompt, state_of, windowed
+from tests.helpers import FRAMES, HEIGHT, WIDTH, call, latents, prompt, run_stock, state_of, windowed
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_guiders_windows_and_parts_of_the_conditioning_change_nothing(comfy, sd1
     both_halves = sd15.clone()
     both_halves.set_model_sampler_post_cfg_function(lambda seen: seen["denoised"], disable_cfg1_optimization=True)
     for model in (
-        PerturbedAttentionGuidance.execute(sd15, 3.0).args[0],
+        run_stock(PerturbedAttentionGuidance, sd15, 3.0)[0],
         windowed(sd15),
         both_halves,
     ):

@@ -13,6 +13,7 @@ from tests.helpers import (
     latents,
     prompt,
     refused,
+    run_stock,
     set_free_memory,
     state_of,
     transformer,
@@ -90,8 +91,8 @@ def test_perturbed_attention_guidance_works_beside_it(comfy, small, nodes):
 
     _, inversion = invert(nodes, small)
     flowing = flow(nodes, small, inversion)
-    after = PerturbedAttentionGuidance.execute(flowing, 3.0).args[0]
-    before = flow(nodes, PerturbedAttentionGuidance.execute(small, 3.0).args[0], inversion)
+    after = run_stock(PerturbedAttentionGuidance, flowing, 3.0)[0]
+    before = flow(nodes, run_stock(PerturbedAttentionGuidance, small, 3.0)[0], inversion)
     got = answer_at(after, inversion, 1)
     assert got.isfinite().all() and not torch.equal(got, answer_at(flowing, inversion, 1))
     assert torch.equal(answer_at(before, inversion, 1), got)
@@ -142,9 +143,9 @@ def test_number_of_tokens_changed(comfy, small, nodes):
     noise, inversion = invert(nodes, small)
     wrong = (NODE, "Patch ToMe", "changes the number of tokens", "take it off this model")
     with refused(*wrong):
-        flow(nodes, TomePatchModel.execute(small, 0.3)[0], inversion)
+        flow(nodes, run_stock(TomePatchModel, small, 0.3)[0], inversion)
     with refused(*wrong):
-        sample(nodes, TomePatchModel.execute(flow(nodes, small, inversion), 0.3)[0], noise)
+        sample(nodes, run_stock(TomePatchModel, flow(nodes, small, inversion), 0.3)[0], noise)
     dropping = flow(nodes, small, inversion)
     dropping.set_model_attn1_patch(lambda query, key, value, options: (query[:, 1:], key, value))
     with refused(NODE, "expected a grid of 5x7 tokens, got 34 tokens", "take it off"):
@@ -206,10 +207,10 @@ def test_grids_that_do_not_meet(comfy, small, nodes):
         sample(nodes, model, noise, steps=10)
     assert not calls
     noise, inversion = invert(nodes, small)
-    (guider,) = custom.CFGGuider.execute(flow(nodes, small, inversion), prompt(2), prompt(3), 2.0).args
-    (nothing,), (sampler,) = custom.DisableNoise.execute().args, custom.KSamplerSelect.execute("dpm_2").args
+    (guider,) = run_stock(custom.CFGGuider, flow(nodes, small, inversion), prompt(2), prompt(3), 2.0)
+    (nothing,), (sampler,) = run_stock(custom.DisableNoise), run_stock(custom.KSamplerSelect, "dpm_2")
     with refused(NODE, "it missed 1"):  # looks between the sigmas
-        custom.SamplerCustomAdvanced.execute(nothing, guider, sampler, inversion.sigmas.flip(0), noise)
+        run_stock(custom.SamplerCustomAdvanced, nothing, guider, sampler, inversion.sigmas.flip(0), noise)
 
 
 def test_a_source_prompt_that_an_inversion_cannot_hold_is_connected_again(sd15, nodes, control):
@@ -249,10 +250,10 @@ def test_hints_of_other_frames_in_a_stock_sampler(sd15, nodes, control):
 
     noise, inversion = invert(nodes, sd15, steps=1)
     edit = control(prompt(2), hints(2))
-    (guider,) = custom.CFGGuider.execute(flow(nodes, sd15, inversion), edit, prompt(3), 2.0).args
-    (nothing,), (sampler,) = custom.DisableNoise.execute().args, custom.KSamplerSelect.execute("euler").args
+    (guider,) = run_stock(custom.CFGGuider, flow(nodes, sd15, inversion), edit, prompt(3), 2.0)
+    (nothing,), (sampler,) = run_stock(custom.DisableNoise), run_stock(custom.KSamplerSelect, "euler")
     with refused(NODE, "2 hint images for 3 frames", "one for each frame"):
-        custom.SamplerCustomAdvanced.execute(nothing, guider, sampler, inversion.sigmas.flip(0), noise)
+        run_stock(custom.SamplerCustomAdvanced, nothing, guider, sampler, inversion.sigmas.flip(0), noise)
 
 
 def test_a_transformer_model(comfy, small, nodes):
