@@ -112,6 +112,7 @@ USES = {
     "transformer_options[uuids]": KEY,
     "transformer_options[wrappers]": KEY,
     "patches[attn1_patch]": KEY,
+    "patches[forward_timestep_embed_patch]": KEY,
     "patches_replace[attn1]": KEY,
     "extra_args[model_options]": KEY,
     "extra_args[seed]": KEY,

@@ -46,6 +46,7 @@ def look_at(comfy, nodes, load, control, path_of) -> tuple[dict, dict]:
     import comfy.samplers
     import comfy.sd
     from comfy.clip_vision import ClipVisionModel
+    from comfy.ldm.modules.diffusionmodules.openaimodel import forward_timestep_embed
 
     import nodes as stock
 
@@ -127,7 +128,7 @@ def look_at(comfy, nodes, load, control, path_of) -> tuple[dict, dict]:
     keys = {
         "model_options": seen["options"],
         "transformer_options": told | seen["attention"],
-        "patches": told["patches"],
+        "patches": {*told["patches"], *forward_timestep_embed.__code__.co_consts},
         "patches_replace": told["patches_replace"],
         "extra_args": seen["extra_args"],
         "LATENT": masked,
@@ -290,6 +291,8 @@ def our_names() -> set[str]:
                 found |= {ast.unparse(name).removeprefix("self.") for name in names}
             elif isinstance(node, ast.ImportFrom) and node.level:
                 found |= {name.asname or name.name for name in node.names}
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "vars(self).update":
+                found |= {word.arg for word in node.keywords}
             elif isinstance(node, ast.Dict):
                 found |= {key.value for key in node.keys if isinstance(key, ast.Constant)}
     return found
