@@ -4,6 +4,7 @@ nox -s edit -- [--clip FILE] [--checkpoint FILE] [--prompt TEXT] ...   edit a cl
 nox -s measure -- SOURCE EDITED [--plot FILE]                          measure an edited clip against its source
 nox -s tests [-- pytest's arguments]                                   run the tests in a real ComfyUI
 nox -s packs -- FOLDER [FOLDER ...]                                    run it beside other packs, from their folders
+nox -s hosts -- FOLDER [FOLDER ...]                                    run the tests in each of these ComfyUIs
 nox -s check                                                           formatting and lint
 nox -s train -- shapes                                                 train the demo model; goes on where it stopped
 nox -s evidence                                                        measure what docs/results.md says; goes on, too
@@ -16,13 +17,15 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import nox
+from nox.command import CommandFailed
 
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT))
 
-from scripts.host import own_python  # noqa: E402
+from scripts.host import is_host, own_python, version_of  # noqa: E402
 
 nox.needs_version = ">=2024.4.15"
 nox.options.sessions = ["check", "tests"]
@@ -47,8 +50,42 @@ def tests(session: nox.Session) -> None:
     comfy = Environment(session)
     host = comfy.provide_host()
     comfy.install(host)
-    two = ("-n", "2", "--dist", "loadfile")  # two processes; tests of one file may build on one another
-    comfy.run("-m", "pytest", *two, *session.posargs, env={"COMFYUI_PATH": str(host)})
+    comfy.test(host, *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def hosts(session: nox.Session) -> None:
+    """The tests in each ComfyUI whose folder is given, with the packages that it asks for; fails if one fails."""
+    folders = [Path(session.invoked_from, folder).resolve() for folder in session.posargs]
+    wrong = [str(folder) for folder in folders if not is_host(folder)]
+    if wrong or not folders:
+        session.error(f"expected folders with a ComfyUI (main.py and comfy/), got {', '.join(wrong) or 'none'}")
+    shared = Environment(session)
+    shared.install(shared.provide_host())
+    lines, failed = [], False
+    for host in folders:
+        comfy = Environment(session, f"comfy-{version_of(host)}", beside=shared)
+        comfy.install(host)
+        report = comfy.folder / "report.xml"
+        report.unlink(missing_ok=True)
+        try:
+            comfy.test(host, f"--junitxml={report}")
+        except CommandFailed:
+            failed = True
+        lines.append(f"ComfyUI {version_of(host)}: {_summary(report)}")
+    for line in lines:
+        session.log(line)
+    if failed:
+        session.error("the tests failed in at least one ComfyUI")
+
+
+def _summary(report: Path) -> str:
+    if not report.is_file():
+        return "pytest did not finish"
+    suite = ElementTree.parse(report).getroot()[0]
+    total, failures, errors, skipped = (int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped"))
+    passed = total - failures - errors - skipped
+    return f"{passed} passed, {failures + errors} failed, {skipped} skipped, {float(suite.get('time')):.0f} s"
 
 
 @nox.session(venv_backend="none")
@@ -131,6 +168,10 @@ class Environment:
     def _packages(self) -> Path:
         question = "import sysconfig; print(sysconfig.get_path('purelib'))"
         return Path(self.run("-c", question, silent=True, log=False).strip())
+
+    def test(self, host: Path, *arguments: str) -> None:
+        two = ("-n", "2", "--dist", "loadfile")  # two processes; tests of one file may build on one another
+        self.run("-m", "pytest", *two, *arguments, env={"COMFYUI_PATH": str(host)})
 
     def run(self, *arguments: str, **options) -> str | None:
         return self.session.run(self.python, *arguments, external=True, **options)

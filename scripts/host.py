@@ -33,14 +33,14 @@ def find_host() -> Path | None:
     """
     if chosen := os.environ.get("COMFYUI_PATH"):
         path = Path(chosen).expanduser().resolve()
-        if not _is_host(path):
+        if not is_host(path):
             raise FileNotFoundError(f"COMFYUI_PATH is {path}, where there is no ComfyUI: expected main.py and comfy/")
         return path
     places = [Path.home() / "comfy" / "ComfyUI", CACHE]
     for folder in (PACK, Path(os.path.abspath(__file__)).parent.parent):  # as linked, as it lies
         if folder.parent.name == "custom_nodes":
             places.insert(0, folder.parent.parent)
-    return next((place for place in places if _is_host(place)), None)
+    return next((place for place in places if is_host(place)), None)
 
 
 def provide_host() -> Path:
@@ -64,9 +64,21 @@ def provide_host() -> Path:
         try:
             os.rename(Path(folder) / _INSIDE, CACHE)
         except OSError:
-            if not _is_host(CACHE):  # else somebody else was faster
+            if not is_host(CACHE):  # else somebody else was faster
                 raise
     return CACHE
+
+
+def is_host(path: Path) -> bool:
+    """Whether a folder holds ComfyUI's code."""
+    return (path / "main.py").is_file() and (path / "comfy").is_dir()
+
+
+def version_of(host: Path) -> str:
+    """The version that a ComfyUI states, or "unknown"."""
+    path = host / "comfyui_version.py"
+    stated = re.search(r'^__version__ = "(.+)"', path.read_text(encoding="utf-8"), re.M) if path.is_file() else None
+    return stated[1] if stated else "unknown"
 
 
 def own_python(host: Path) -> str | None:
@@ -258,10 +270,6 @@ def _refusal(answer: dict, prompt: dict) -> PromptFailed:
     named = re.search(r"Node ID '#(.+?)'", error["details"])  # how a class that does not exist is reported
     node_id = named and named[1]
     return PromptFailed(reason, node_id, prompt.get(node_id, {}).get("class_type"))
-
-
-def _is_host(path: Path) -> bool:
-    return (path / "main.py").is_file() and (path / "comfy").is_dir()
 
 
 def _has_gpu(python: str) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +28,31 @@ def call(node, **inputs) -> tuple:
         slot.id: slot.default for slot in node.define_schema().inputs if getattr(slot, "default", None) is not None
     }
     return node.execute(**defaults | inputs).args
+
+
+def run_stock(node, *inputs) -> tuple:
+    """What a stock node gives out. Older hosts have some of them in the older form, a method that the class names."""
+    if hasattr(node, "execute"):
+        return node.execute(*inputs).args
+    return getattr(node(), node.FUNCTION)(*inputs)
+
+
+def windowed(model, **settings):
+    """MODEL with core's context windows: `WINDOWS` but for `settings`, and the defaults of what newer hosts add."""
+    from comfy_extras.nodes_context_windows import ContextWindowsManualNode
+
+    return call(ContextWindowsManualNode, model=model, **WINDOWS | settings)[0]
+
+
+def set_free_memory(monkeypatch, size: int) -> None:
+    """Make the host believe that `size` bytes are free when it decides how many conditionings run at once."""
+    import comfy.model_patcher
+    import comfy.samplers
+
+    if hasattr(comfy.model_patcher.ModelPatcher, "get_free_memory"):
+        monkeypatch.setattr(comfy.model_patcher.ModelPatcher, "get_free_memory", lambda self, device: size)
+    else:
+        monkeypatch.setattr(comfy.samplers, "model_management", SimpleNamespace(get_free_memory=lambda device: size))
 
 
 def latents(frames: int = FRAMES, height: int = HEIGHT, width: int = WIDTH, seed: int = 0) -> dict[str, Tensor]:
@@ -98,10 +124,13 @@ def transformer():
     """A tiny MODEL that is no UNet: Flux."""
     import comfy.model_patcher
     import comfy.supported_models
+    from comfy.ldm.flux.model import FluxParams
 
     size = {"in_channels": 16, "out_channels": 16, "vec_in_dim": 8, "context_in_dim": 8, "hidden_size": 16}
     size |= {"mlp_ratio": 1.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 1, "axes_dim": [2, 2, 4]}
     size |= {"theta": 100, "patch_size": 2, "qkv_bias": True, "guidance_embed": True, "dtype": torch.float32}
+    if "txt_ids_dims" in FluxParams.__dataclass_fields__:
+        size |= {"txt_ids_dims": []}
     config = comfy.supported_models.Flux({"image_model": "flux", **size})
     cpu = torch.device("cpu")
     return comfy.model_patcher.ModelPatcher(config.get_model({}), cpu, cpu)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.helpers import WINDOWS, call, latents, prompt
+from tests.helpers import call, latents, prompt, windowed
 
 SD15 = {"context_dim": 768, "adm_in_channels": None, "use_linear_in_transformer": False, "transformer_depth_middle": 1}
 UNETS = {
@@ -263,10 +263,9 @@ def answer_at(model, inversion, step, positive=None, negative=None, cfg=2.0):
 
 def windows_of(model, order, patched):
     """MODEL with core's context windows, or AnimateDiff-Evolved's, before or after it is patched; of 5 frames."""
-    from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 
     def core(model):
-        return ContextWindowsManualNode.execute(model, **WINDOWS | {"context_length": 3}).args[0]
+        return windowed(model, context_length=3)
 
     def evolved(model):
         def cut(executor, model, conds, x, timestep, model_options):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.helpers import latents, prompt, refused
+from tests.helpers import latents, prompt, refused, run_stock
 from tests.inversion_helpers import ask, down, flow, invert, noise_like, sample, watched
 
 FRAMES = 5
@@ -14,7 +14,7 @@ def shrunk(model, end_percent: float = 1.0):
     """MODEL out of PatchModelAddDownscale: half the size from the first level on, until `end_percent`."""
     from comfy_extras.nodes_model_downscale import PatchModelAddDownscale
 
-    return PatchModelAddDownscale.execute(model, 1, 2.0, 0.0, end_percent, True, "bicubic", "bicubic").args[0]
+    return run_stock(PatchModelAddDownscale, model, 1, 2.0, 0.0, end_percent, True, "bicubic", "bicubic")[0]
 
 
 def edit(model, inversion, at, positive=None):

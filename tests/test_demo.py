@@ -8,10 +8,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from benchmarks.edits import BLOCKS
 from scripts.host import PACK
-from tests.helpers import call
+from tests.helpers import call, latents, predict
 from tests.method_helpers import generator
 from tests.test_host import text_to_image
 from training.classifier import QUESTIONS, answers, load_classifier
@@ -46,7 +47,8 @@ def test_weights_of_the_autoencoder_can_be_lent_layer_by_layer(demo):
     autoencoder = demo["vae"].first_stage_model
     with_weights = [layer for layer in autoencoder.modules() if next(layer.parameters(recurse=False), None) is not None]
     assert len(with_weights) > 9 and all(hasattr(layer, "comfy_cast_weights") for layer in with_weights)
-    assert demo["vae"].model_size() == sum(weight.nbytes for weight in autoencoder.parameters())
+    counted = getattr(demo["vae"], "model_size", demo["vae"].patcher.model_size)  # older hosts ask the patcher
+    assert counted() == sum(weight.nbytes for weight in autoencoder.parameters())
 
 
 def test_stock_nodes_draw_what_the_caption_says(server):
@@ -75,6 +77,62 @@ def test_evidence_is_of_what_auto_injects(host_module, demo):
     sites = host_module.sites_of(demo["model"], "auto", "auto", "test")
     assert sites == host_module.sites_of(demo["model"], **BLOCKS, node="test")
     assert [str(site) for site in sites if site.kind == "resnet"] == ["resnet.0.0", "resnet.1.0", "resnet.2.0"]
+
+
+def read_safetensors(path):
+    with safe_open(path, "pt") as file:
+        return load_file(path), file.metadata()
+
+
+@pytest.fixture(params=["dynamic offloading", "rebuilt"])
+def keep_precision(request, comfy):
+    """Make Linear and Embedding keep the precision of the file they are loaded from.
+
+    Newer hosts do so where weights are offloaded dynamically; rebuilt, it is tested on every host.
+    """
+    import comfy.ops
+
+    def rebuilt(patched):
+        def take_over(layer, weights, prefix, *rest):
+            for name in ("weight", "bias"):
+                if prefix + name in weights:
+                    setattr(layer, name, torch.nn.Parameter(weights[prefix + name].clone(), requires_grad=False))
+
+        for layer in (comfy.ops.disable_weight_init.Linear, comfy.ops.disable_weight_init.Embedding):
+            patched.setattr(layer, "_load_from_state_dict", take_over)
+
+    def switched_on(patched):
+        patched.setattr(comfy.memory_management, "aimdo_enabled", True)
+        # The host would read the file with a library that needs a GPU.
+        patched.setattr(comfy.utils, "load_safetensors", read_safetensors, raising=False)
+
+    if request.param == "rebuilt":
+        return rebuilt
+    if not hasattr(getattr(comfy, "memory_management", None), "aimdo_enabled"):
+        pytest.skip("this ComfyUI has no dynamic offloading")
+    return switched_on
+
+
+@pytest.mark.parametrize("option", ["fp32_unet", "bf16_unet", "force_fp32"])
+def test_load_demo_model_brings_weights_to_the_precision_asked_for(comfy, nodes, monkeypatch, keep_precision, option):
+    """With options of ComfyUI's command line; the file is in half precision."""
+    monkeypatch.setattr(comfy.cli_args.args, option, True)
+
+    def load():
+        model, clip, vae = call(nodes["LoadDemoModel"], file="shapes.safetensors")
+        unet = model.model.diffusion_model
+        assert {weight.dtype for weight in unet.parameters()} == {model.model.get_dtype()}
+        text = words({"clip": clip}, "a striped red star on a cloudy blue ground")
+        latent = latents(height=16, width=16)
+        return predict(model, latent, text), vae.decode(latent["samples"])
+
+    with torch.inference_mode():
+        expected = load()
+        with monkeypatch.context() as patched:
+            keep_precision(patched)
+            found = load()
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("guided", [False, True])

@@ -9,7 +9,19 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
-from tests.helpers import FRAMES, HEIGHT, WIDTH, call, latents, predict, prompt, state_of
+from tests.helpers import (
+    FRAMES,
+    HEIGHT,
+    WIDTH,
+    call,
+    latents,
+    predict,
+    prompt,
+    run_stock,
+    set_free_memory,
+    state_of,
+    windowed,
+)
 
 LEVEL_0, LEVEL_1 = (5, 7), (3, 4)  # token grids of 5x7 latents in a UNet of two levels
 
@@ -127,7 +139,7 @@ def test_halves_together_apart_and_reversed_give_the_same(comfy, sd15, guide, ma
     assert batches() == [[1, 0]] and len(recorded) == len(model_blocks(model))
 
     recorded.clear()
-    monkeypatch.setattr(comfy.samplers, "model_management", SimpleNamespace(get_free_memory=lambda device: 0))
+    set_free_memory(monkeypatch, 0)
     assert_close(predict(model, *arguments), together, rtol=1e-3, atol=2e-3)
     assert sorted(batches()) == [[0], [1]]
 
@@ -227,13 +239,9 @@ def test_half_precision_loses_no_more_than_plain_attention_does(sd15, guide, mat
 
 
 def test_core_context_windows_are_guided_by_their_frames(comfy, sd15, cove, guide, matches, recorded):
-    from comfy_extras.nodes_context_windows import ContextWindowsManualNode
-
     correspondence = matches(frames=5)
     # after and before our node
-    window = {"context_length": 3, "context_overlap": 1, "context_schedule": "standard_static", "context_stride": 1}
-    window |= {"closed_loop": False, "fuse_method": "flat", "dim": 0}
-    after = ContextWindowsManualNode.execute(guide(sd15, correspondence), **window).args[0]
+    after = windowed(guide(sd15, correspondence), context_length=3)
     got = predict(after, latents(5), prompt(1), prompt(2), cfg=2.0)
     windows = [[0, 1, 2], [2, 3, 4]]
     blocks = len(model_blocks(after))
@@ -241,7 +249,7 @@ def test_core_context_windows_are_guided_by_their_frames(comfy, sd15, cove, guid
         assert seen.options["context_window"].index_list == frames
         assert_close(seen.result, reference(cove, seen, correspondence, window=frames), rtol=1e-4, atol=1e-4)
 
-    before = guide(ContextWindowsManualNode.execute(sd15, **window).args[0], correspondence)
+    before = guide(windowed(sd15, context_length=3), correspondence)
     assert torch.equal(predict(before, latents(5), prompt(1), prompt(2), cfg=2.0), got)
 
     # AnimateDiff-Evolved cuts the same windows in a wrapper of its own, inside of ours or around it
@@ -316,8 +324,8 @@ def test_perturbed_attention_guidance_works_beside_it(comfy, sd15, guide, matche
     from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 
     guided = guide(sd15, matches())
-    after = PerturbedAttentionGuidance.execute(guided, 3.0).args[0]
-    before = guide(PerturbedAttentionGuidance.execute(sd15, 3.0).args[0], matches())
+    after = run_stock(PerturbedAttentionGuidance, guided, 3.0)[0]
+    before = guide(run_stock(PerturbedAttentionGuidance, sd15, 3.0)[0], matches())
     got = predict(after, latents(), prompt(1), prompt(2), cfg=2.0)
     assert got.isfinite().all()
     assert (got - predict(guided, latents(), prompt(1), prompt(2), cfg=2.0)).abs().mean() > 1e-3

@@ -1,13 +1,12 @@
 """Inversion and injection beside what else a user has on a model: other nodes, other disks, other prompts."""
 
 import gc
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors import SafetensorError
 
-from tests.helpers import call, hints, latents, prompt, refused
+from tests.helpers import call, hints, latents, prompt, refused, run_stock, set_free_memory
 from tests.inversion_helpers import ALL, SITES, edited_at, guide, inject, invert, same, sample, source_at
 
 
@@ -92,7 +91,7 @@ def test_a_full_disk_is_named_where_it_costs_more(small, nodes, pack, monkeypatc
 def test_features_are_the_sources_where_guidance_runs_the_unet_again(comfy, small, nodes):
     from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 
-    perturbed = PerturbedAttentionGuidance.execute(small, 3.0).args[0]
+    perturbed = run_stock(PerturbedAttentionGuidance, small, 3.0)[0]
     noise, latents_only = invert(nodes, perturbed)
     _, stored = invert(nodes, perturbed, storage="memory", **ALL)
     for step in range(3):
@@ -104,11 +103,10 @@ def test_features_are_the_sources_where_guidance_runs_the_unet_again(comfy, smal
 
 @pytest.mark.parametrize("free", [1 << 40, 0], ids=["together", "one after another"])
 def test_two_source_prompts_are_refused_however_they_run(comfy, small, nodes, monkeypatch, free):
-    import comfy.samplers
 
     two = [*prompt(1), *prompt(2)]
     _, inversion = invert(nodes, small, two)
-    monkeypatch.setattr(comfy.samplers, "model_management", SimpleNamespace(get_free_memory=lambda device: free))
+    set_free_memory(monkeypatch, free)
     with refused("DDIM Inversion", "one source prompt for the whole picture, but several conditionings"):
         invert(nodes, small, two, storage="memory", **ALL)
     noise, inversion = invert(nodes, small, two)

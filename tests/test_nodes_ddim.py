@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.helpers import FRAMES, HEIGHT, WIDTH, call, hints, latents, predict, prompt, state_of
+from tests.helpers import FRAMES, HEIGHT, WIDTH, call, hints, latents, predict, prompt, run_stock, state_of
 from tests.random_models import FAMILIES
 
 
@@ -110,12 +110,12 @@ def test_sampler_equals_its_parts_and_cores_euler(comfy, sd15, nodes, guide, inv
     sampler, sigmas = call(nodes["DDIMSamplerSelect"], model=guided, steps=3, noise=noise)
 
     def advanced(sampler):
-        (guider,) = custom.CFGGuider.execute(guided, prompt(2), prompt(3), 3.0).args
-        (nothing,) = custom.DisableNoise.execute().args
-        return custom.SamplerCustomAdvanced.execute(nothing, guider, sampler, sigmas, noise).args[0]
+        (guider,) = run_stock(custom.CFGGuider, guided, prompt(2), prompt(3), 3.0)
+        (nothing,) = run_stock(custom.DisableNoise)
+        return run_stock(custom.SamplerCustomAdvanced, nothing, guider, sampler, sigmas, noise)[0]
 
     assert torch.equal(advanced(sampler)["samples"], expected["samples"])
-    (euler,) = custom.KSamplerSelect.execute("euler").args
+    (euler,) = run_stock(custom.KSamplerSelect, "euler")
     assert_close(advanced(euler)["samples"], expected["samples"], rtol=1e-4, atol=1e-3)
     # The sigmas are the model's own at timesteps 1, 334, 667.
     assert_close(sigmas, torch.cat((sd15.get_model_object("model_sampling").sigmas[[667, 334, 1]], torch.zeros(1))))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.helpers import FRAMES, HEIGHT, WIDTH, call, latents, prompt, state_of
+from tests.helpers import FRAMES, HEIGHT, WIDTH, call, latents, prompt, run_stock, state_of, windowed
 
 
 @pytest.fixture
@@ -63,17 +63,14 @@ def test_same_noise_does_not_come_twice(sd15, take):
 
 def test_guiders_windows_and_parts_of_the_conditioning_change_nothing(comfy, sd15, take):
     """What is made for sampling must not run the UNet twice, in pieces, or on a part of the picture."""
-    from comfy_extras.nodes_context_windows import ContextWindowsManualNode
     from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 
     expected = take(sd15, conditioning=prompt(1))
-    windows = {"context_length": 2, "context_overlap": 1, "context_schedule": "standard_static", "context_stride": 1}
-    windows |= {"closed_loop": False, "fuse_method": "flat", "dim": 0}
     both_halves = sd15.clone()
     both_halves.set_model_sampler_post_cfg_function(lambda seen: seen["denoised"], disable_cfg1_optimization=True)
     for model in (
-        PerturbedAttentionGuidance.execute(sd15, 3.0).args[0],
-        ContextWindowsManualNode.execute(sd15, **windows).args[0],
+        run_stock(PerturbedAttentionGuidance, sd15, 3.0)[0],
+        windowed(sd15),
         both_halves,
     ):
         assert torch.equal(take(model, conditioning=prompt(1)), expected)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.helpers import FRAMES, HEIGHT, WIDTH, call, hints, latents, prompt, refused, state_of
+from tests.helpers import FRAMES, HEIGHT, WIDTH, call, hints, latents, prompt, refused, run_stock, state_of
 from tests.inversion_helpers import (
     ALL,
     SITES,
@@ -55,10 +55,10 @@ def test_stock_samplers_that_stay_on_the_grid_edit_alike(comfy, small, nodes):
     expected = sample(nodes, model, noise)
 
     def stock(name):
-        (guider,) = custom.CFGGuider.execute(model, prompt(2), prompt(3), 2.0).args
-        (nothing,) = custom.DisableNoise.execute().args
-        (sampler,) = custom.KSamplerSelect.execute(name).args
-        return custom.SamplerCustomAdvanced.execute(nothing, guider, sampler, down(inversion), noise).args[0]["samples"]
+        (guider,) = run_stock(custom.CFGGuider, model, prompt(2), prompt(3), 2.0)
+        (nothing,) = run_stock(custom.DisableNoise)
+        (sampler,) = run_stock(custom.KSamplerSelect, name)
+        return run_stock(custom.SamplerCustomAdvanced, nothing, guider, sampler, down(inversion), noise)[0]["samples"]
 
     assert_close(stock("euler"), expected, rtol=1e-4, atol=1e-3)
     assert stock("heun").isfinite().all()
@@ -136,7 +136,7 @@ def test_a_compiled_model(comfy, small, nodes, compiled_first):
     from comfy_extras.nodes_torch_compile import TorchCompileModel
 
     def compiled(model):
-        return TorchCompileModel.execute(model, "inductor").args[0]
+        return run_stock(TorchCompileModel, model, "inductor")[0]
 
     wrong = ("expected a model that is not compiled", "Remove TorchCompileModel")
     noise, inversion = invert(nodes, small, steps=2, sampling_steps=2)

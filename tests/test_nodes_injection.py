@@ -1,13 +1,12 @@
 """Feature Injection in a real UNet: what was there at that sigma is put back, at each site, in each half of a batch."""
 
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.helpers import FRAMES, HEIGHT, WIDTH, latents, prompt, state_of
+from tests.helpers import FRAMES, HEIGHT, WIDTH, latents, prompt, set_free_memory, state_of
 from tests.inversion_helpers import (
     ALL,
     SITES,
@@ -215,7 +214,7 @@ def test_halves_together_apart_and_reversed_get_the_same(comfy, small, nodes, mo
         seen["model"], seen["conds"][::-1], seen["input"], seen["sigma"], seen["model_options"]
     )[::-1]
     assert_close(injected(swapped, [[1, 0]]), together, rtol=1e-3, atol=2e-3)
-    monkeypatch.setattr(comfy.samplers, "model_management", SimpleNamespace(get_free_memory=lambda device: 0))
+    set_free_memory(monkeypatch, 0)
     assert_close(injected(model, [[1], [0]]), together, rtol=1e-3, atol=2e-3)
     monkeypatch.undo()
     # cfg 1 leaves out the negative half

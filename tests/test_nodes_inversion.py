@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.helpers import FRAMES, HEIGHT, WIDTH, WINDOWS, call, hints, latents, prompt, refused
+from tests.helpers import FRAMES, HEIGHT, WIDTH, call, hints, latents, prompt, refused, windowed
 from tests.inversion_helpers import ALL, guide, inject, invert, sample, watched
 
 # --- the record ---
@@ -129,12 +129,9 @@ def test_nothing_to_store(small, nodes, settings):
 
 
 def test_context_windows_cannot_be_stored(comfy, small, nodes):
-    from comfy_extras.nodes_context_windows import ContextWindowsManualNode
-
     wrong = ("features cannot be stored with context windows", "`storage` to recompute")
-    windowed = ContextWindowsManualNode.execute(small, **WINDOWS).args[0]
     with refused("DDIM Inversion", *wrong), watched(small) as calls:
-        invert(nodes, windowed, storage="memory", **ALL)
+        invert(nodes, windowed(small), storage="memory", **ALL)
     assert not calls
 
     def evolved(executor, model, conds, x, timestep, model_options):

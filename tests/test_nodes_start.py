@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import zeros_like
 
-from tests.helpers import call, latents, prompt
+from tests.helpers import call, latents, prompt, run_stock
 from tests.inversion_helpers import ALL, flow, guide, inject, invert, sample
 
 CLEAN, OTHER = "not inverted noise", "other latents than the noise of this inversion"
@@ -31,9 +31,9 @@ def advanced(model, sampler, sigmas, latent):
     """Edited latents, through the stock SamplerCustomAdvanced."""
     from comfy_extras import nodes_custom_sampler as custom
 
-    (guider,) = custom.CFGGuider.execute(model, prompt(2), prompt(3), 2.0).args
-    (nothing,) = custom.DisableNoise.execute().args
-    return custom.SamplerCustomAdvanced.execute(nothing, guider, sampler, sigmas, latent).args[0]
+    (guider,) = run_stock(custom.CFGGuider, model, prompt(2), prompt(3), 2.0)
+    (nothing,) = run_stock(custom.DisableNoise)
+    return run_stock(custom.SamplerCustomAdvanced, nothing, guider, sampler, sigmas, latent)[0]
 
 
 def edits(nodes, model, inversion):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.helpers import HEIGHT, WIDTH, latents, prompt, state_of
+from tests.helpers import HEIGHT, WIDTH, latents, prompt, set_free_memory, state_of
 from tests.inversion_helpers import (
     ALL,
     answer_at,
@@ -197,7 +197,7 @@ def test_halves_together_apart_and_reversed_give_the_same(comfy, small, nodes, m
         seen["model"], seen["conds"][::-1], seen["input"], seen["sigma"], seen["model_options"]
     )[::-1]
     assert_close(answer(swapped, [[1, 0]]), together, rtol=1e-3, atol=2e-3)
-    monkeypatch.setattr(comfy.samplers, "model_management", SimpleNamespace(get_free_memory=lambda device: 0))
+    set_free_memory(monkeypatch, 0)
     assert_close(answer(model, [[1], [0]]), together, rtol=1e-3, atol=2e-3)
     monkeypatch.undo()
     # cfg 1 leaves out the negative half; the same prompt twice makes the guidance vanish

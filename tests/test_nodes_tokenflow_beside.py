@@ -1,12 +1,23 @@
 """A MODEL with TokenFlow among other nodes: what it works beside, what is refused, that no trace is left."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.helpers import FRAMES, HEIGHT, WIDTH, call, hints, latents, prompt, refused, state_of, transformer
+from tests.helpers import (
+    FRAMES,
+    HEIGHT,
+    WIDTH,
+    call,
+    hints,
+    latents,
+    prompt,
+    refused,
+    run_stock,
+    set_free_memory,
+    state_of,
+    transformer,
+)
 from tests.inversion_helpers import (
     ALL,
     SITES,
@@ -80,8 +91,8 @@ def test_perturbed_attention_guidance_works_beside_it(comfy, small, nodes):
 
     _, inversion = invert(nodes, small)
     flowing = flow(nodes, small, inversion)
-    after = PerturbedAttentionGuidance.execute(flowing, 3.0).args[0]
-    before = flow(nodes, PerturbedAttentionGuidance.execute(small, 3.0).args[0], inversion)
+    after = run_stock(PerturbedAttentionGuidance, flowing, 3.0)[0]
+    before = flow(nodes, run_stock(PerturbedAttentionGuidance, small, 3.0)[0], inversion)
     got = answer_at(after, inversion, 1)
     assert got.isfinite().all() and not torch.equal(got, answer_at(flowing, inversion, 1))
     assert torch.equal(answer_at(before, inversion, 1), got)
@@ -132,9 +143,9 @@ def test_number_of_tokens_changed(comfy, small, nodes):
     noise, inversion = invert(nodes, small)
     wrong = (NODE, "Patch ToMe", "changes the number of tokens", "take it off this model")
     with refused(*wrong):
-        flow(nodes, TomePatchModel.execute(small, 0.3)[0], inversion)
+        flow(nodes, run_stock(TomePatchModel, small, 0.3)[0], inversion)
     with refused(*wrong):
-        sample(nodes, TomePatchModel.execute(flow(nodes, small, inversion), 0.3)[0], noise)
+        sample(nodes, run_stock(TomePatchModel, flow(nodes, small, inversion), 0.3)[0], noise)
     dropping = flow(nodes, small, inversion)
     dropping.set_model_attn1_patch(lambda query, key, value, options: (query[:, 1:], key, value))
     with refused(NODE, "expected a grid of 5x7 tokens, got 34 tokens", "take it off"):
@@ -196,10 +207,10 @@ def test_grids_that_do_not_meet(comfy, small, nodes):
         sample(nodes, model, noise, steps=10)
     assert not calls
     noise, inversion = invert(nodes, small)
-    (guider,) = custom.CFGGuider.execute(flow(nodes, small, inversion), prompt(2), prompt(3), 2.0).args
-    (nothing,), (sampler,) = custom.DisableNoise.execute().args, custom.KSamplerSelect.execute("dpm_2").args
+    (guider,) = run_stock(custom.CFGGuider, flow(nodes, small, inversion), prompt(2), prompt(3), 2.0)
+    (nothing,), (sampler,) = run_stock(custom.DisableNoise), run_stock(custom.KSamplerSelect, "dpm_2")
     with refused(NODE, "it missed 1"):  # looks between the sigmas
-        custom.SamplerCustomAdvanced.execute(nothing, guider, sampler, inversion.sigmas.flip(0), noise)
+        run_stock(custom.SamplerCustomAdvanced, nothing, guider, sampler, inversion.sigmas.flip(0), noise)
 
 
 def test_a_source_prompt_that_an_inversion_cannot_hold_is_connected_again(sd15, nodes, control):
@@ -225,11 +236,10 @@ def test_a_source_prompt_that_an_inversion_cannot_hold_is_connected_again(sd15, 
 
 @pytest.mark.parametrize("memory", ["enough", "short"])
 def test_a_source_prompt_of_several_parts(comfy, small, nodes, monkeypatch, memory):
-    import comfy.samplers
 
     noise, inversion = invert(nodes, small, steps=1)
     if memory == "short":  # they come one after another
-        monkeypatch.setattr(comfy.samplers, "model_management", SimpleNamespace(get_free_memory=lambda device: 0))
+        set_free_memory(monkeypatch, 0)
     for source in ([*prompt(1), *prompt(2)], prompt(1, area=(3, 4, 1, 3))):
         with refused(NODE, "one source prompt for the whole picture", "Use a plain prompt"):
             sample(nodes, flow(nodes, small, inversion, conditioning=source), noise, steps=1)
@@ -240,10 +250,10 @@ def test_hints_of_other_frames_in_a_stock_sampler(sd15, nodes, control):
 
     noise, inversion = invert(nodes, sd15, steps=1)
     edit = control(prompt(2), hints(2))
-    (guider,) = custom.CFGGuider.execute(flow(nodes, sd15, inversion), edit, prompt(3), 2.0).args
-    (nothing,), (sampler,) = custom.DisableNoise.execute().args, custom.KSamplerSelect.execute("euler").args
+    (guider,) = run_stock(custom.CFGGuider, flow(nodes, sd15, inversion), edit, prompt(3), 2.0)
+    (nothing,), (sampler,) = run_stock(custom.DisableNoise), run_stock(custom.KSamplerSelect, "euler")
     with refused(NODE, "2 hint images for 3 frames", "one for each frame"):
-        custom.SamplerCustomAdvanced.execute(nothing, guider, sampler, inversion.sigmas.flip(0), noise)
+        run_stock(custom.SamplerCustomAdvanced, nothing, guider, sampler, inversion.sigmas.flip(0), noise)
 
 
 def test_a_transformer_model(comfy, small, nodes):

@@ -13,13 +13,24 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from scripts.host import PACK
-from tests.workflow_helpers import FPS, FRAMES, HEIGHT, NAMES, SMALL, WIDTH, api_form, editor_form, place_clip
+from tests.workflow_helpers import (
+    FILES,
+    FPS,
+    FRAMES,
+    HEIGHT,
+    NAMES,
+    SMALL,
+    WIDTH,
+    api_form,
+    choices_of,
+    editor_form,
+    place_clip,
+)
 from training.classifier import QUESTIONS, answers, load_classifier
 from training.clips import demo_clip
 
 DEMO = "0_demo"
 EDITS = ["1_edit_a_clip", "2_edit_with_controlnet"]
-FILES = ("ckpt_name", "control_net_name", "file")  # the user's own
 
 
 def the(prompt: dict, *classes: str) -> str:
@@ -95,8 +106,8 @@ def test_inputs_are_what_the_nodes_accept(server, name):
             kind, options = (*known[slot], {})[:2]
             if isinstance(value, list):
                 assert info[prompt[value[0]]["class_type"]]["output"][value[1]] == kind, (node, slot)
-            elif kind == "COMBO" or isinstance(kind, list):
-                assert slot in FILES or value in (options["options"] if kind == "COMBO" else kind), (node, slot)
+            elif (choices := choices_of(known[slot])) is not None:
+                assert slot in FILES or value in choices, (node, slot)
             else:
                 types = {"INT": int, "FLOAT": int | float, "STRING": str, "BOOLEAN": bool}
                 assert isinstance(value, types[kind]), (node, slot)

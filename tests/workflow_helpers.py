@@ -11,6 +11,7 @@ from scripts.clip import render_clip
 from scripts.host import PACK
 
 FRAMES, WIDTH, HEIGHT, FPS, STEPS = 5, 128, 80, 12, 6
+FILES = ("ckpt_name", "control_net_name", "file")  # inputs that name the user's own
 NAMES = sorted(path.stem for path in (PACK / "workflows").glob("*.json"))
 CLIP = PACK.parent / "shared" / "clips" / "train.mp4"
 
@@ -34,6 +35,16 @@ def editor_form(name: str) -> dict[str, Any]:
 def api_form(name: str) -> dict[str, Any]:
     """The workflow as scripts queue it."""
     return json.loads((PACK / "workflows" / "api" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def choices_of(slot: list) -> list | None:
+    """What an input in /object_info can be chosen from; newer hosts have combos that bring inputs of their own."""
+    kind, options = (*slot, {})[:2]
+    if isinstance(kind, list):
+        return kind
+    if kind == "COMFY_DYNAMICCOMBO_V3":
+        return [option["key"] for option in options["options"]]
+    return options["options"] if kind == "COMBO" else None
 
 
 def place_clip(base: Path) -> None:

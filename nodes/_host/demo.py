@@ -53,6 +53,8 @@ def _model(weights: dict, facts: dict) -> comfy.model_patcher.ModelPatcher:
     )
     model = config.get_model(weights, UNET)
     model.load_model_weights(weights.copy(), UNET)
+    # With dynamic offloading the host's layers keep the precision of the file, which only its own patcher casts.
+    model.diffusion_model.to(dtype)
     offload = comfy.model_management.unet_offload_device()
     return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload)
 
