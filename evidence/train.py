@@ -25,14 +25,15 @@ from training.models import Diffusion, Size, Stage, alphas, encode
 from training.train import HELD_OUT, Run, World, draw_noise, scale_of, stage_at, train_autoencoder, train_diffusion
 from training.words import make_tokenizer, tokens_of
 
-from .attention import Attention, mean_attention
+from .attention import Attention, begin_with_similar, mean_attention
 from .scenes import WORDS, caption, random_scene
 from .world import draw
 
 FOLDER = Path.home() / ".cache" / "cove" / "training" / "patterns"
 START = "start.safetensors"  # in the folder: the snapshot that the training began with
 TIMESTEPS = (100, 300, 500, 700)
-EVERY = 200  # steps between losses on held-out pictures
+HELD = 32  # held-out pictures whose losses are measured
+EVERY = 200  # steps between such measurements
 WARM = 100  # steps in which the optimizer warms up after the start from a snapshot
 
 # About twelve hours of one core of a Xeon with AMX. Small pictures first: a step sees more of them in the same time.
@@ -65,8 +66,8 @@ WORLD = Patterns(random_scene, WORDS)
 class Probe:
     """Losses on held-out pictures of one size."""
 
-    def __init__(self, autoencoder: Autoencoder, scale: float, picture: int, count: int = 32):
-        numbers = range(HELD_OUT, HELD_OUT + count)
+    def __init__(self, autoencoder: Autoencoder, scale: float, picture: int):
+        numbers = range(HELD_OUT, HELD_OUT + HELD)
         examples = [WORLD.example(number, picture) for number in numbers]
         self.latents = encode(autoencoder, torch.stack([picture for picture, _ in examples])) * scale
         self.tokens = tokens_of(make_tokenizer(WORDS), [words for _, words in examples])
@@ -168,10 +169,12 @@ def train(size: Size, folder: Path, observer: Observer) -> tuple[Autoencoder, nn
     observer.autoencoder = autoencoder
 
     def prepare(run: Run) -> None:
-        if snapshot.is_file():
-            begin_with(snapshot, size, run)
         for diffusion in (run.model, run.average.module):
             diffusion.unet.set_attn_processor(Attention())
+            if run.done == 0:
+                begin_with_similar(diffusion.unet)
+        if snapshot.is_file():
+            begin_with(snapshot, size, run)
 
     return autoencoder, *train_diffusion(size, WORLD, autoencoder, folder, device, observer, prepare)
 

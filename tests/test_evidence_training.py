@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 
 from evidence import train
-from evidence.attention import Attention, mean_attention
+from evidence.attention import Attention, begin_with_similar, mean_attention
 from evidence.looks import agreement, decode, invent, scenes_with_repeats
 from evidence.scenes import WORDS, caption, random_scene
 from evidence.train import SIZE, START, TIMESTEPS, WORLD, Observer, Probe, load_snapshot, trained_so_far, write
@@ -33,6 +33,7 @@ def small(monkeypatch):
     monkeypatch.setattr(old, "POOL", 16)
     monkeypatch.setattr(old, "SCALED_BY", 8)
     monkeypatch.setattr(train, "EVERY", 2)
+    monkeypatch.setattr(train, "HELD", 3)
     threads, handlers = torch.get_num_threads(), {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     torch.set_num_threads(1)
     yield
@@ -120,6 +121,21 @@ def test_attention_is_that_of_diffusers(diffusion):
     assert_close(diffusion.unet(x, t, context).sample, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_begin_with_similar_finds_repeats(diffusion):
+    """Tokens that repeat every 5 attend to their repeats more than to all others together; at random they do not."""
+    attention = diffusion.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
+    tokens = torch.nn.functional.layer_norm(randn(1, 5, 32), (32,)).repeat(1, 7, 1)
+
+    def share_of_repeats():
+        weights = (attention.to_q(tokens) @ attention.to_k(tokens).mT / 16**0.5).softmax(-1)
+        alike = torch.arange(35) % 5 == torch.arange(35)[:, None] % 5
+        return weights[0][alike].sum() / 35
+
+    assert share_of_repeats() < 0.4
+    begin_with_similar(diffusion.unet)
+    assert share_of_repeats() > 0.6
+
+
 def test_mean_attention_replaces_the_finest_self_attention_and_leaves_no_trace(diffusion):
     unet, seen = diffusion.unet, {}
 
@@ -138,9 +154,10 @@ def test_mean_attention_replaces_the_finest_self_attention_and_leaves_no_trace(d
     assert torch.equal(unet(x, t, context).sample, before)
 
 
-def test_probe_gives_the_same_losses_again(diffusion):
+def test_probe_gives_the_same_losses_again(diffusion, monkeypatch):
+    monkeypatch.setattr(train, "HELD", 11)
     autoencoder = old.Autoencoder(16).eval().requires_grad_(False)
-    probe = Probe(autoencoder, 1.3, 24, count=11)
+    probe = Probe(autoencoder, 1.3, 24)
     losses = probe.losses(diffusion)
     assert losses == probe.losses(diffusion) and len(set(losses)) == 2 * len(TIMESTEPS)
     noise = old.draw_noise(probe.latents.shape, generator(500))

@@ -123,7 +123,9 @@ class Run:
             torch.random.manual_seed(seed)
             self.model = make().to(device)
         self.path, self.steps, self.rate, self.device = path, steps, rate, device
-        self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=rate(0), betas=(0.9, 0.99), weight_decay=0.01)
+        self.optimiser = torch.optim.AdamW(
+            self.model.parameters(), lr=rate(0), betas=(0.9, 0.99), weight_decay=0.01, fused=True
+        )
         self.average = torch.optim.swa_utils.AveragedModel(self.model, multi_avg_fn=move_average)
         self.done = 0
         if path.is_file():
