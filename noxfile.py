@@ -7,6 +7,7 @@ nox -s packs -- FOLDER [FOLDER ...]                                    run it be
 nox -s hosts -- FOLDER [FOLDER ...]                                    run the tests in each of these ComfyUIs
 nox -s check                                                           formatting and lint
 nox -s train -- shapes                                                 train the demo model; goes on where it stopped
+nox -s train -- patterns [--folder FOLDER] [--export FILE] ...         train the model of patterns; likewise
 nox -s evidence                                                        measure what docs/results.md says; goes on, too
 """
 
@@ -138,7 +139,10 @@ def train(session: nox.Session) -> None:
     """Train the demo model, or go on with it."""
     comfy = Environment(session)
     comfy.install(comfy.provide_host())
-    comfy.run("-m", "training.train", *session.posargs)
+    if session.posargs[:1] == ["patterns"]:
+        comfy.run("-m", "evidence.train", *session.posargs[1:])
+    else:
+        comfy.run("-m", "training.train", *session.posargs)
 
 
 @nox.session(venv_backend="none")

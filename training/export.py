@@ -46,12 +46,14 @@ def export(
     diffusion: nn.Module,
     scale: float,
     pictures: Tensor,
+    steps: int | None = None,
 ) -> None:
     """Write the file in one step.
 
     Args:
         scale: what latents are multiplied by before the UNet sees them.
         pictures: some of the world, [n, 3, height, width] from 0 to 1; previews are fitted to them.
+        steps: how many steps the UNet was trained, where a training is to start from the file.
     """
     levels = len(size.unet)
     weights = {f"model.diffusion_model.{unet_name(k, levels)}": v for k, v in diffusion.unet.state_dict().items()}
@@ -70,6 +72,7 @@ def export(
         "text": {key: getattr(diffusion.text.config, key) for key in TEXT},
         "length": LENGTH,
         "tokenizer": tokenizer.to_str(),
+        "steps": steps,
     }
     with whole_file(path) as temporary:
         save_file({name: half(value) for name, value in weights.items()}, temporary, {"cove_demo": json.dumps(facts)})

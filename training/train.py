@@ -27,6 +27,7 @@ from .world import HELD_OUT, WORDS, Scene, caption, draw, random_scene
 
 ROOT = Path(__file__).parent.parent
 POOL = 4096  # latents at hand at one time
+SCALED_BY = 256  # pictures whose latents the scale is measured on
 SAVE_EVERY = 300  # seconds
 SEED = 1  # of the first weights
 
@@ -50,8 +51,13 @@ class World:
     def scene(self, number: int) -> Scene:
         return self.random_scene(Generator().manual_seed(number))
 
+    def example(self, number: int, size: int) -> tuple[Tensor, str]:
+        """Return a picture, [3, size, size], and its caption."""
+        scene = self.scene(number)
+        return draw(scene, size), caption(scene)
+
     def pictures(self, numbers: Iterable[int], size: int) -> Tensor:
-        return torch.stack([draw(self.scene(number), size) for number in numbers])
+        return torch.stack([self.example(number, size)[0] for number in numbers])
 
 
 def main() -> None:
@@ -94,6 +100,11 @@ def move_average(averages: list[Tensor], weights: list[Tensor], seen: Tensor) ->
 
 
 STATE = ("model", "average", "optimiser")
+Observer = Callable[["Run"], None]
+
+
+def ignore(run: Run) -> None:
+    pass
 
 
 class Run:
@@ -112,7 +123,9 @@ class Run:
             torch.random.manual_seed(seed)
             self.model = make().to(device)
         self.path, self.steps, self.rate, self.device = path, steps, rate, device
-        self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=rate(0), betas=(0.9, 0.99), weight_decay=0.01)
+        self.optimiser = torch.optim.AdamW(
+            self.model.parameters(), lr=rate(0), betas=(0.9, 0.99), weight_decay=0.01, fused=True
+        )
         self.average = torch.optim.swa_utils.AveragedModel(self.model, multi_avg_fn=move_average)
         self.done = 0
         if path.is_file():
@@ -130,8 +143,8 @@ class Run:
         for step in range(self.done, self.steps):
             yield Generator().manual_seed(step)
 
-    def train(self, loss_of: Callable[[Generator], Tensor]) -> nn.Module:
-        """Go on to the last step; the averaged model."""
+    def train(self, loss_of: Callable[[Generator], Tensor], observe: Observer = ignore) -> nn.Module:
+        """Go on to the last step; the averaged model. `observe` is called with the run after every step."""
         self.model.train()
         started, saved, told, mean = time.monotonic(), time.monotonic(), self.done, None
         for generator in self.generators():
@@ -152,10 +165,13 @@ class Run:
             if time.monotonic() - saved > SAVE_EVERY or self.done == self.steps:
                 self.save()
                 saved = time.monotonic()
+            observe(self)
         return self.average.module.eval().requires_grad_(False)
 
 
-def train_autoencoder(size: Size, world: World, folder: Path, device: torch.device) -> Autoencoder:
+def train_autoencoder(
+    size: Size, world: World, folder: Path, device: torch.device, observe: Observer = ignore
+) -> Autoencoder:
     """Absolute error of the colours and of their differences between neighbours, so that edges stay sharp.
 
     Latents of a hundredth of noise decode to the same picture, and a little weight keeps them near one another: what a
@@ -182,7 +198,7 @@ def train_autoencoder(size: Size, world: World, folder: Path, device: torch.devi
             error = error + 0.5 * (again.diff(dim=axis) - pictures.diff(dim=axis)).abs().mean()
         return error + 1e-3 * latents.float().square().mean()
 
-    return run.train(loss_of)
+    return run.train(loss_of, observe)
 
 
 class Pool:
@@ -197,11 +213,11 @@ class Pool:
             self.move()  # always as many at a time: the autoencoder's last bits change with the batch
 
     def move(self) -> None:
-        scenes = [self.world.scene(self.next + number) for number in range(self.stage.fresh)]
-        latents = encode(self.autoencoder, torch.stack([draw(scene, self.stage.picture) for scene in scenes]))
-        for offset, (one, latent) in enumerate(zip(scenes, latents, strict=True)):
-            place = (self.next + offset) % POOL
-            self.latents[place], self.captions[place] = latent, caption(one)
+        numbers = range(self.next, self.next + self.stage.fresh)
+        pictures, captions = zip(*(self.world.example(number, self.stage.picture) for number in numbers), strict=True)
+        latents = encode(self.autoencoder, torch.stack(pictures))
+        for number, latent, words in zip(numbers, latents, captions, strict=True):
+            self.latents[number % POOL], self.captions[number % POOL] = latent, words
         self.next += self.stage.fresh
 
 
@@ -244,9 +260,18 @@ def loss_weight(left: Tensor) -> Tensor:
 
 
 def train_diffusion(
-    size: Size, world: World, autoencoder: Autoencoder, folder: Path, device: torch.device
+    size: Size,
+    world: World,
+    autoencoder: Autoencoder,
+    folder: Path,
+    device: torch.device,
+    observe: Observer = ignore,
+    prepare: Callable[[Run], None] = ignore,
 ) -> tuple[nn.Module, float]:
-    """Noise prediction, as Stable Diffusion's: the averaged model, and what latents are multiplied by."""
+    """Noise prediction, as Stable Diffusion's: the averaged model, and what latents are multiplied by.
+
+    `prepare` is called with the run before its first step, `observe` after every step.
+    """
     tokenizer, steps = make_tokenizer(world.words), sum(stage.steps for stage in size.stages)
 
     def rate(step: int) -> float:
@@ -255,6 +280,7 @@ def train_diffusion(
         return falling(stage.rate, stage.steps, step, stage.fall)
 
     run = Run(lambda: Diffusion(size, tokenizer), folder / "diffusion.pt", steps, rate, SEED, device)
+    prepare(run)
     scale = scale_of(size, world, autoencoder)
     signal, pool = alphas(), None
 
@@ -275,12 +301,12 @@ def train_diffusion(
         found = run.model(noisy.to(device), timesteps.to(device), tokens_of(tokenizer, captions).to(device))
         return (loss_weight(left).to(device) * (found.float() - noise.to(device)).square()).mean()
 
-    return run.train(loss_of), scale
+    return run.train(loss_of, observe), scale
 
 
 def scale_of(size: Size, world: World, autoencoder: Autoencoder) -> float:
     """What latents are multiplied by to have unit variance."""
-    pictures = world.pictures(range(HELD_OUT, HELD_OUT + 256), size.picture)
+    pictures = world.pictures(range(HELD_OUT, HELD_OUT + SCALED_BY), size.picture)
     return 1 / torch.cat([encode(autoencoder, some).cpu() for some in pictures.split(8)]).std().item()
 
 

@@ -74,7 +74,7 @@ class Thing(Placed):
     def look(self, points: Tensor, pixel: float) -> tuple[Tensor, Tensor]:
         """Its colours [..., 3] and how much of what lies behind they hide [..., 1], at points of the picture."""
         distance = self.distance(points)
-        return _paint(self, self.inside(points), distance, pixel), _step(-distance, pixel)[..., None]
+        return _paint(self, self.inside(points), distance, pixel), soft_step(-distance, pixel)[..., None]
 
     @property
     def words(self) -> str:
@@ -146,7 +146,7 @@ SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
 # ---- drawing ----
 
 
-def _step(value: Tensor, softness: float) -> Tensor:
+def soft_step(value: Tensor, softness: float) -> Tensor:
     """0 below zero, 1 above, and a straight slope `softness` wide between."""
     return (value / softness + 0.5).clamp(0, 1)
 
@@ -156,17 +156,17 @@ def _pattern(texture: str, p: Tensor, pixel: float) -> Tensor:
     x, y = p[..., 0], p[..., 1]
     match texture:
         case "striped":
-            return _step(0.125 - ((y % 0.5) - 0.25).abs(), pixel)
+            return soft_step(0.125 - ((y % 0.5) - 0.25).abs(), pixel)
         case "dotted":
-            return _step(0.13 - torch.hypot((x % 0.5) - 0.25, (y % 0.5) - 0.25), pixel)
+            return soft_step(0.13 - torch.hypot((x % 0.5) - 0.25, (y % 0.5) - 0.25), pixel)
         case "checkered":
             wave = torch.minimum(*torch.broadcast_tensors(*(0.25 - ((a % 1.0) - 0.5).abs() for a in (x, y))))
             other = torch.minimum(*(0.25 - (((a + 0.5) % 1.0) - 0.5).abs() for a in (x, y)))
-            return _step(torch.maximum(wave, other), pixel)
+            return soft_step(torch.maximum(wave, other), pixel)
     return torch.zeros_like(x)
 
 
-def _clouds(seed: int, p: Tensor) -> Tensor:
+def clouds(seed: int, p: Tensor) -> Tensor:
     """Smooth noise of mean 0 over the plane; it repeats after 4 units, far outside the picture."""
     values = torch.randn(1, 1, NOISE, NOISE, generator=Generator().manual_seed(seed))
     around = F.pad(values, (2, 2, 2, 2), mode="circular")
@@ -181,10 +181,10 @@ def _ground(ground: Ground, points: Tensor, pixel: float) -> Tensor:
     light = 1 + 0.22 * (p[..., 0] * math.cos(ground.tilt) + p[..., 1] * math.sin(ground.tilt)).clamp(-1.5, 1.5)
     match ground.kind:
         case "cloudy":
-            light = light + 0.16 * _clouds(ground.seed, p).clamp(-2, 2)
+            light = light + 0.16 * clouds(ground.seed, p).clamp(-2, 2)
         case "tiled":
             gap = torch.minimum(*((a % 0.5 - 0.25).abs() for a in (p[..., 0], p[..., 1])))
-            light = light * (1 - 0.45 * _step(0.035 - gap, pixel / ground.zoom))
+            light = light * (1 - 0.45 * soft_step(0.035 - gap, pixel / ground.zoom))
     return (base * light[..., None]).clamp(0, 1)
 
 
@@ -194,7 +194,7 @@ def _paint(thing: Thing, p: Tensor, distance: Tensor, pixel: float) -> Tensor:
     second = p.new_tensor([0.55, 0.55, 0.58]) if thing.colour in ("white", "black") else 0.25 * colour + 0.75
     pattern = _pattern(thing.texture, p, pixel / thing.radius)[..., None]
     light = 1 - 0.14 * (p[..., :1] + p[..., 1:]).clamp(-1.4, 1.4)
-    edge = _step(distance / thing.radius + OUTLINE, pixel / thing.radius)[..., None]
+    edge = soft_step(distance / thing.radius + OUTLINE, pixel / thing.radius)[..., None]
     return (((1 - pattern) * colour + pattern * second) * light).clamp(0, 1) * (1 - 0.7 * edge)
 
 
