@@ -92,9 +92,8 @@ class LoadInversion(io.ComfyNode):
         except (OSError, ValueError) as error:
             raise ValueError(f"{node}: {error}") from error
         _host.check_fits(inversion, model, node, latent)
-        noise = model.get_model_object("latent_format").process_out(inversion.noise)
         _host.say(cls, f"{inversion.frames} frames, {len(inversion.sigmas) - 1} steps; {inversion.quality()}")
-        return io.NodeOutput({"samples": noise, **_host.noise_of(inversion)}, inversion)
+        return io.NodeOutput(_host.noise_of(model, inversion), inversion)
 
 
 NODES = [SaveInversion, LoadInversion]

@@ -248,7 +248,7 @@ PYTHON += (types.FunctionType, types.MethodType, types.CodeType, types.CellType)
 TORCH = (torch.Tensor, torch.nn.Module, torch.Generator, torch.Size, torch.dtype, torch.device)
 OTHERS = HOST | {"free", "hexdigest", "in_features"}  # of shutil, hashlib, torch
 OTHERS |= {"hidden_size", "ids", "post_processor", "special_tokens", "vocab_size"}  # of transformers and tokenizers
-OTHERS |= {"ad_params", "sub_idxs"}  # AnimateDiff-Evolved's
+OTHERS |= {"ad_params", "sub_idxs", "ref_opts"}  # of AnimateDiff-Evolved and Advanced-ControlNet
 
 
 def fields_in(tree: ast.Module) -> set[str]:

@@ -1,6 +1,6 @@
 """What the pack knows about ComfyUI: its types, its UNet blocks, its patch slots, its sampling.
 
-Everything here is read from ComfyUI 0.3.75 and kept to what core nodes use, too. Nothing is changed outside of clones.
+Kept to what core nodes use, too; `tests/host_contract.py` lists it. Nothing is changed outside of clones.
 """
 
 from comfy_api.v0_0_2 import io

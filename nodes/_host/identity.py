@@ -16,6 +16,7 @@ from torch import Tensor
 from ...cove import __version__
 from ...cove.fingerprint import fingerprint
 from ...cove.inversion import Inversion
+from .model import sampling_name
 from .sampling import check_channels
 
 
@@ -28,7 +29,7 @@ def model_fingerprint(model) -> str:
         backup = model.backup.get(f"diffusion_model.{name}")
         weight = weights[name] if backup is None else backup.weight
         sample[name] = weight.detach().flatten()[:256].to("cpu", torch.float16)
-    return fingerprint(model.model.model_type.name, shapes, sample)
+    return fingerprint(sampling_name(model.get_model_object("model_sampling")), shapes, sample)
 
 
 def run_fingerprint(model, conditioning, samples: Tensor, sigmas: Tensor, refinements: int) -> str:
@@ -172,8 +173,9 @@ def check_fits(inversion: Inversion, model, node: str, latent: Mapping[str, Any]
     check_channels(model, inversion.clip, node)
     if inversion.about.get("model") != model_fingerprint(model):
         raise ValueError(
-            f"{node}: this inversion was made with another checkpoint than the one connected (or in another precision, "
-            f"bf16 or fp16). Load the checkpoint as it was then, or invert the clip again."
+            f"{node}: this inversion was made with another checkpoint than the one connected (or with another model "
+            f"sampling, or in another precision, bf16 or fp16). Load the checkpoint as it was then, or invert the clip "
+            f"again."
         )
     if latent is None:
         return

@@ -144,7 +144,7 @@ def invert(
         patched.add_wrapper_with_key(WRAPPERS.DIFFUSION_MODEL, KEY, recorder.visit)
     try:
         show = preview(model, len(sigmas) - 1)
-        noise = run(patched, recorder, latent, sigmas, conditioning, node=node, callback=show)
+        result = run(patched, recorder, latent, sigmas, conditioning, node=node, callback=show)
     finally:
         remembered.put_back()  # so that a run that goes on after a break finds them as this one did
     tensors, values = source_prompt(conditioning) or ({}, None)
@@ -162,12 +162,16 @@ def invert(
         features=recorder.features,
     )
     unfinished.discard()
-    return noise | noise_of(inversion), inversion
+    return result | noise_of(model, inversion), inversion
 
 
-def noise_of(inversion: Inversion) -> dict[str, Any]:
-    """What the LATENT with the noise of an inversion carries beside it."""
-    carried = {GRID_KEY: inversion.sigmas}
+def noise_of(model, inversion: Inversion) -> dict[str, Any]:
+    """The noise of an inversion as a LATENT, with what it carries beside it.
+
+    In float32: a sampler's result may be in half precision (`--fp16-intermediates`), from which no clip comes back.
+    """
+    noise = model.get_model_object("latent_format").process_out(inversion.noise)
+    carried = {"samples": noise.to(comfy.model_management.intermediate_device()), GRID_KEY: inversion.sigmas}
     return carried | {GUIDANCE_KEY: inversion.about["guidance"]} if "guidance" in inversion.about else carried
 
 

@@ -33,8 +33,8 @@ def unet_of(model, node: str) -> UNetModel:
     if not _denoises(sampling):
         raise ValueError(
             f"{node}: expected a model that removes noise from latents + sigma * noise (epsilon, v, x0, EDM or LCM "
-            f"prediction), got {name} with {_name_of(sampling)}. Remove the node that set this model sampling, or load "
-            f"another checkpoint."
+            f"prediction), got {name} with {sampling_name(sampling)}. Remove the node that set this model sampling, or "
+            f"load another checkpoint."
         )
     return unet
 
@@ -50,7 +50,7 @@ def _denoises(sampling) -> bool:
     return plain and float(sampling.calculate_input(sigma, noisy)) < 2
 
 
-def _name_of(sampling) -> str:
+def sampling_name(sampling) -> str:
     """Names of the host's schedule and prediction; the class that joins them is made when a model is loaded."""
     return " and ".join(base.__name__ for base in type(sampling).__bases__)
 
@@ -78,9 +78,9 @@ def sigmas_at(model, timesteps: list[int], node: str) -> Tensor:
         grids = {steps: levels[sampling_timesteps(steps)] for steps in range(1, MOST_STEPS + 1)}
         most = max(steps for steps, grid in grids.items() if (grid[1:] > grid[:-1]).all())
         raise ValueError(
-            f"{node}: expected steps that each have another noise level, but {_name_of(sampling)} has too few levels "
-            f"for timesteps {timesteps[:3]} and so on. With this model, inversion and sampling can take at most {most} "
-            f"steps."
+            f"{node}: expected steps that each have another noise level, but {sampling_name(sampling)} has too few "
+            f"levels for timesteps {timesteps[:3]} and so on. With this model, inversion and sampling can take at most "
+            f"{most} steps."
         )
     return sigmas
 
