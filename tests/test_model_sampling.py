@@ -132,6 +132,8 @@ def gaussian(model):
     spread = SPREAD * prediction.sigma_data
 
     def answer(executor, x, timesteps, context, y, control, transformer_options, **kwargs):
+        # Nodes notice a UNet that is skipped: it runs on a few tokens.
+        executor(x[:1, :, :3, :3], timesteps[:1], context[:1], y, control, transformer_options, **kwargs)
         sigmas = transformer_options["sigmas"]
         sigma = sigmas.view(-1, 1, 1, 1)
         noisy = x * sigma / prediction.calculate_input(sigma[:1], sigma[:1])
@@ -151,8 +153,8 @@ def test_inversion_follows_the_closed_form_and_sampling_returns_the_clip(sampled
     generator = torch.Generator().manual_seed(0)
     clip = model.get_model_object("latent_format").process_out(spread * torch.randn(3, 4, 5, 7, generator=generator))
     error = []
-    for steps in (STEPS, 50):
-        noise, inversion = invert(nodes, model, latent={"samples": clip}, steps=steps, refinements=5)
+    for steps in (STEPS, 4 * STEPS):
+        noise, inversion = invert(nodes, model, latent={"samples": clip}, steps=steps, refinements=2)
         exact = inversion.clip * (1 + (inversion.sigmas[-1] / spread) ** 2).sqrt()
         error.append(float((inversion.noise - exact).norm() / exact.norm()))
         back = call(
@@ -160,7 +162,8 @@ def test_inversion_follows_the_closed_form_and_sampling_returns_the_clip(sampled
         )[0]["samples"]
         # Against SD's own sampling, nothing is lost by another model sampling.
         assert (back - clip).norm() < 0.05 * (clip - clip.mean((0, 2, 3), keepdim=True)).norm()
-    assert error[1] < 0.25 * error[0] and error[1] < 0.1, error
+    # Of first order: four times the steps leave a quarter of the error.
+    assert error[1] < 0.3 * error[0] and error[1] < 0.1, error
 
 
 def everywhere(nodes, model):
