@@ -182,7 +182,6 @@ USES = {
     "comfy.model_base.BaseModel.manual_cast_dtype": FIELD,
     "comfy.model_base.BaseModel.model_config": FIELD,
     "comfy.model_base.BaseModel.model_sampling": FIELD,
-    "comfy.model_base.BaseModel.model_type": FIELD,
     "comfy.model_base.BaseModel.load_model_weights": "self, sd, unet_prefix",
     "comfy.model_base.BaseModel.process_latent_in": "self, latent",
     "comfy.model_sampling.EPS.calculate_input": "self, sigma, noise",

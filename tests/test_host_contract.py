@@ -38,6 +38,7 @@ def facts(comfy, nodes, load, control, base, models) -> dict[str, str]:
     return {name: contract.fact_of(name, kind, instances, keys) for name, kind in contract.USES.items()}
 
 
+@torch.inference_mode()  # as the host runs nodes; a model that ran so in another file runs no other way
 def look_at(comfy, nodes, load, control, path_of) -> tuple[dict, dict]:
     """An instance of each class whose fields are read, and the keys of the dictionaries that are read, after a run."""
     import comfy.hooks

@@ -19,7 +19,7 @@ def test_a_record_holds_what_sampling_needs(small, nodes):
     assert_close(inversion.clip, small.model.process_latent_in(latent["samples"]))
     assert torch.equal(small.model.process_latent_out(inversion.noise), noise["samples"])
     schedule = small.get_model_object("model_sampling").sigmas[[1, 126, 251, 376, 501, 626, 751]]
-    assert torch.equal(inversion.sigmas, torch.cat((torch.zeros(1), schedule)))
+    assert_close(inversion.sigmas, torch.cat((torch.zeros(1), schedule)), rtol=1e-6, atol=0)
     assert inversion.guesses.shape == (7, FRAMES, 4, HEIGHT, WIDTH) and not inversion.features
     assert inversion.residuals.isfinite().all() and inversion.about["refinements"] == 1
     assert torch.equal(inversion.conditioning["cond"], prompt(1)[0][0])

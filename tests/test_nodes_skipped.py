@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.helpers import call, prompt, refused
+from tests.helpers import call, latents, prompt, refused
 from tests.inversion_helpers import ALL, flow, guide, inject, invert, sample, watched
 
 NODES = {"FeatureInjection": inject, "TokenFlow": flow}
@@ -154,6 +154,11 @@ def test_a_skipped_evaluation_is_noticed_in_inversion(small, nodes, level, stora
 
 @pytest.mark.parametrize("level", LEVELS[:4])
 def test_a_skipped_evaluation_is_noticed_in_features(small, nodes, level):
+    """Wrappers of other packs around a whole evaluation are left out: nothing is skipped there."""
+    if level == "calc_cond_batch":
+        skipped = call(nodes["DiffusionFeatures"], model=skipping(small, level, lambda n, args: True), latent=latents())
+        assert torch.equal(skipped[0], call(nodes["DiffusionFeatures"], model=small, latent=latents())[0])
+        return
     with refused("Diffusion Features", WHO):
         guide(nodes, skipping(small, level, lambda n, args: True))
 

@@ -67,11 +67,20 @@ class _Step:
     prompt: Any = None  # the uuid of the source's
 
     @contextmanager
-    def visiting(self, conds, timestep: Tensor) -> Iterator[None]:
-        """Around a pass of the UNet: an error when it did not come to every place of self-attention."""
+    def visiting(self, conds, timestep: Tensor, options: dict[str, Any]) -> Iterator[None]:
+        """Around a pass of the UNet: an error when it did not come to every place of self-attention.
+
+        A perturbing guider (PAG) takes some places for its own pass.
+        """
         self.visits = Visits()
         yield
-        self.visits.check(self.flow.places, conds, timestep, self.flow.source.node)
+        replaced = options["patches_replace"]["attn1"]
+        places = [
+            place
+            for place in self.flow.places
+            if isinstance(replaced.get(place, replaced.get(place[:2])), FlowingSelfAttention)
+        ]
+        self.visits.check(places, conds, timestep, self.flow.source.node)
 
     def keyframes(self, frames: int) -> list[int]:
         """Of so many frames: the seed's first draw at the noisiest step, its second at the next, and so on."""
@@ -271,13 +280,13 @@ def _run_flowing(flow: _Flow, executor, model, conds, x_in: Tensor, timestep: Te
     step = _Step(flow, flow.source.step_at(float(timestep[0])))
     options[EVALUATIONS].arrive()
     told = {ATTENTION: partial(_find_fields, step)}
-    with step.visiting([options[KEY]], timestep):
+    with step.visiting([options[KEY]], timestep, options):
         flow.source.run(executor, model, step.number, x_in, timestep, model_options, **told)
     if flow.blend_keyframes:
-        with step.visiting(conds, timestep):
+        with step.visiting(conds, timestep, options):
             _run_keyframes(step, executor, model, conds, x_in, timestep, model_options)
     told = {ATTENTION: partial(_propagate, step)}
-    with step.visiting(conds, timestep):
+    with step.visiting(conds, timestep, options):
         return executor(model, conds, x_in, timestep, options_with(model_options, **told))
 
 
