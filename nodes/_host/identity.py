@@ -57,7 +57,7 @@ PUT_ON_MODELS += ("force_cast_weights",)
 SET_BY_LOADING = {"device", "current_patcher", "current_weight_patches_uuid"}
 LOADING = ("comfy_", "prev_comfy_", "model_", "lowvram_", "weight_", "bias_", "dynamic_")
 
-MOST = 100_000  # objects; what holds more is not read
+MOST = 10_000  # objects, a few seconds; an SDXL MODEL with a ControlNet holds some dozens. What holds more is not read
 
 
 class _Contents:
