@@ -288,6 +288,18 @@ def windows_of(model, order, patched):
     return patched(cut(model)) if order.endswith("before") else cut(patched(model))
 
 
+def windows_in(order):
+    """The windows of `windows_of`, each with the frames that it runs on.
+
+    Since 0.21, core's own run with the frame before them in front, by default.
+    """
+    from comfy_extras.nodes_context_windows import ContextWindowsManualNode
+
+    stock = {slot.id for slot in ContextWindowsManualNode.define_schema().inputs}
+    anchored = "core" in order and "causal_window_fix" in stock
+    return [([0, 1, 2], [0, 1, 2]), ([2, 3, 4], [1, 2, 3, 4] if anchored else [2, 3, 4])]
+
+
 # --- two inversions ---
 
 
