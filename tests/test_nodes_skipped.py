@@ -71,7 +71,8 @@ def test_core_caches_are_refused_before_inversion_and_features(small, nodes, cac
 @pytest.mark.parametrize("cache", ["EasyCache", "LazyCache"])
 def test_core_caches_stay_possible_in_sampling_alone(small, nodes, cache):
     noise, _ = invert(nodes, small, steps=STEPS)
-    assert sample(nodes, cached(guide(nodes, small), cache), noise, steps=STEPS).isfinite().all()
+    # At cfg 1: EasyCache of ComfyUI 0.3.60 fails on two prompts in one batch, on any model.
+    assert sample(nodes, cached(guide(nodes, small), cache), noise, steps=STEPS, cfg=1.0).isfinite().all()
 
 
 # --- others, when it happens ---
