@@ -38,10 +38,15 @@ def run_stock(node, *inputs) -> tuple:
 
 
 def windowed(model, **settings):
-    """MODEL with core's context windows: `WINDOWS` but for `settings`, and the defaults of what newer hosts add."""
+    """MODEL with core's context windows: `WINDOWS` but for `settings`, and the defaults of what newer hosts add.
+
+    A setting that the host's node does not have is left out.
+    """
     from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 
-    return call(ContextWindowsManualNode, model=model, **WINDOWS | settings)[0]
+    stock = {slot.id for slot in ContextWindowsManualNode.define_schema().inputs}
+    wanted = {name: value for name, value in (WINDOWS | settings).items() if name in stock}
+    return call(ContextWindowsManualNode, model=model, **wanted)[0]
 
 
 def set_free_memory(monkeypatch, size: int) -> None:

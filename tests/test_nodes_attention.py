@@ -241,7 +241,8 @@ def test_half_precision_loses_no_more_than_plain_attention_does(sd15, guide, mat
 def test_core_context_windows_are_guided_by_their_frames(comfy, sd15, cove, guide, matches, recorded):
     correspondence = matches(frames=5)
     # after and before our node
-    after = windowed(guide(sd15, correspondence), context_length=3)
+    plain = {"context_length": 3, "causal_window_fix": False}
+    after = windowed(guide(sd15, correspondence), **plain)
     got = predict(after, latents(5), prompt(1), prompt(2), cfg=2.0)
     windows = [[0, 1, 2], [2, 3, 4]]
     blocks = len(model_blocks(after))
@@ -249,7 +250,7 @@ def test_core_context_windows_are_guided_by_their_frames(comfy, sd15, cove, guid
         assert seen.options["context_window"].index_list == frames
         assert_close(seen.result, reference(cove, seen, correspondence, window=frames), rtol=1e-4, atol=1e-4)
 
-    before = guide(windowed(sd15, context_length=3), correspondence)
+    before = guide(windowed(sd15, **plain), correspondence)
     assert torch.equal(predict(before, latents(5), prompt(1), prompt(2), cfg=2.0), got)
 
     # AnimateDiff-Evolved cuts the same windows in a wrapper of its own, inside of ours or around it

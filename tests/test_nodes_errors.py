@@ -5,7 +5,7 @@ import asyncio
 import pytest
 import torch
 
-from tests.helpers import FRAMES, call, hints, latents, predict, prompt, refused, transformer
+from tests.helpers import FRAMES, call, hints, latents, predict, prompt, refused, run_stock, transformer
 
 ATTENTION = "Correspondence Attention"
 
@@ -66,8 +66,8 @@ def extra(comfy, host):
 
 
 def applied(node, *arguments):
-    """MODEL out of an extra node of the host, whether it gives a tuple or a NodeOutput."""
-    return node.execute(*arguments)[0]
+    """MODEL out of an extra node of the host."""
+    return run_stock(node, *arguments)[0]
 
 
 # --- models ---

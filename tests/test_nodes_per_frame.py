@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.helpers import HEIGHT, WIDTH, call, hints, latents, predict, prompt, refused
+from tests.helpers import HEIGHT, WIDTH, call, hints, latents, predict, prompt, refused, windowed
 from tests.inversion_helpers import ALL, answer_at, flow, guide, inject, invert, sample, tiny
 
 LONG = 5
@@ -97,13 +97,7 @@ def image_prompts(model, frames=LONG, seed=3):
 
 def core_windows(model, length, **settings):
     """MODEL with the stock node's context windows, with and without what newer hosts add by default."""
-    from comfy_extras.nodes_context_windows import ContextWindowsManualNode
-
-    stock = {slot.id for slot in ContextWindowsManualNode.define_schema().inputs}
-    wanted = {"context_length": length, "context_overlap": 1, "context_schedule": "standard_static"}
-    wanted |= {"context_stride": 1, "closed_loop": False, "fuse_method": "flat", "dim": 0, "freenoise": False}
-    wanted |= {"causal_window_fix": False, **settings}
-    return ContextWindowsManualNode.execute(model, **{k: v for k, v in wanted.items() if k in stock}).args[0]
+    return windowed(model, context_length=length, **{"causal_window_fix": False} | settings)
 
 
 class AnchoredWindows:
