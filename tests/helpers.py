@@ -32,9 +32,8 @@ def call(node, **inputs) -> tuple:
 
 def run_stock(node, *inputs) -> tuple:
     """What a stock node gives out. Older hosts have some of them in the older form, a method that the class names."""
-    if hasattr(node, "execute"):
-        return node.execute(*inputs).args
-    return getattr(node(), node.FUNCTION)(*inputs)
+    made = node.execute(*inputs) if hasattr(node, "execute") else getattr(node(), node.FUNCTION)(*inputs)
+    return getattr(made, "args", made)  # some give a tuple
 
 
 def windowed(model, **settings):
