@@ -16,9 +16,9 @@ LONG = 5
 STEPS = LONG - 1  # core's windows (0.3.75) compare sigmas with frames one by one
 
 
-def assert_near(got, expected):
+def assert_near(got, expected, share=1e-3):
     """Equal but for rounding, which depends on how many frames run together; a wrong row is off by a tenth or more."""
-    assert (got - expected).norm() <= 1e-3 * expected.norm()
+    assert (got - expected).norm() <= share * expected.norm()
 
 
 # --- clips and what goes with them ---
@@ -211,9 +211,10 @@ def test_inversion_and_sampling_of_an_unpatched_model_are_cut_alike(small, nodes
     windowed = CUTS[cut](small)
     wires = {"conditioning": hinted(2), "latent": latents(LONG), "steps": STEPS}
     (noise, _), (expected, _) = (invert(nodes, model, **wires) for model in (windowed, small))
-    assert_near(noise["samples"], expected["samples"])
+    # Little of a hint is left in noise.
+    assert_near(noise["samples"], expected["samples"], 1e-5)
     edits = [sample(nodes, model, expected, hinted(3), steps=STEPS) for model in (windowed, small)]
-    assert_near(*edits)
+    assert_near(*edits, 1e-5)
 
 
 @pytest.mark.parametrize("cut", ["anchored", "evolved"])
