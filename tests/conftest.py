@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib
 import importlib.util
 import shutil
@@ -82,6 +83,16 @@ def comfy(host, base):
     if hasattr(comfy.utils, "PROGRESS_THROTTLE_MIN_INTERVAL"):
         comfy.utils.PROGRESS_THROTTLE_MIN_INTERVAL = comfy.utils.PROGRESS_THROTTLE_MIN_PERCENT = 0
     return comfy
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unload():
+    """Nothing of a file's models stays in the host's list for the next file."""
+    yield
+    if management := sys.modules.get("comfy.model_management"):
+        management.unload_all_models()
+        management.cleanup_models()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

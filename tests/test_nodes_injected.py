@@ -83,7 +83,8 @@ def test_a_source_prompt_with_a_controlnet_is_connected_again(sd15, nodes, contr
     computed = sample(nodes, inject(nodes, sd15, inversion, conditioning=source, **ALL), noise, steps=2)
     # The ControlNet was loaded like those of the edit's prompts, and keeps no hint of this size.
     net = source[0][1]["control"]
-    assert net.control_model in [loaded.model.model for loaded in management.current_loaded_models]
+    loaded = [patcher.model for patcher in management.loaded_models() if patcher is not None]
+    assert net.control_model in loaded
     assert net.cond_hint is None
     stored = invert(nodes, sd15, source, steps=2, storage="memory", **ALL)[1]
     assert_close(sample(nodes, inject(nodes, sd15, stored, **ALL), noise, steps=2), computed)
