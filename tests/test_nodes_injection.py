@@ -19,6 +19,7 @@ from tests.inversion_helpers import (
     source_at,
     tiny,
     watched,
+    windows_in,
     windows_of,
 )
 from tests.random_models import FAMILIES
@@ -263,7 +264,7 @@ def test_context_windows_get_the_features_of_their_frames(small, nodes, order):
     calls, _ = edited_at(model, inversion, 1)
     edits = [seen for seen in calls if len(seen.options["cond_or_uncond"]) == 2]
     assert len(edits) == 2 and len(calls) == 4
-    for frames, seen in zip(([0, 1, 2], [2, 3, 4]), edits, strict=True):
+    for (_, frames), seen in zip(windows_in(order), edits, strict=True):
         source = source_at(small, inversion, 1, frames=frames)
         for site in SITES:
             for half in seen.at[site].chunk(2):
@@ -276,7 +277,7 @@ def test_stored_features_serve_context_windows(small, nodes, order):
     _, inversion = invert(nodes, small, latent=latents(5), steps=4, storage="memory", **ALL)
     model = windows_of(small, order, lambda model: inject(nodes, model, inversion, **ALL))
     calls, _ = edited_at(model, inversion, 1)
-    for frames, seen in zip(([0, 1, 2], [2, 3, 4]), calls, strict=True):
+    for (_, frames), seen in zip(windows_in(order), calls, strict=True):
         source = source_at(small, inversion, 1)
         for site in SITES:
             for half in seen.at[site].chunk(2):
