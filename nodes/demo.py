@@ -65,7 +65,7 @@ class LoadDemoClip(io.ComfyNode):
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
-        images, fps = frames.read_frames(FOLDER / "clip.mp4")
+        images, _, fps, *_ = frames.read_frames(FOLDER / "clip.mp4")
         return io.NodeOutput(images, fps, len(images))
 
 

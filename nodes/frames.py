@@ -1,6 +1,8 @@
-"""Load Frames: a clip from ComfyUI's input folder as images."""
+"""Load Frames: a clip as images, with its sound."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import comfy.model_management
 import comfy.utils
@@ -8,6 +10,8 @@ import folder_paths
 from comfy_api.v0_0_2 import io
 
 from ..cove import frames
+from ..cove.decode import is_animated_webp
+from ..cove.picture import FITS
 from . import _host
 
 MAX_SIZE = 16384
@@ -24,7 +28,8 @@ class LoadFrames(io.ComfyNode):
             category="COVE",
             description=(
                 "Loads the frames of a video, or of a folder of images, from ComfyUI's input folder, at a size that "
-                "fits latents. Editing time grows faster than the number of frames: begin with few."
+                "fits latents, as players show them, with the sound of the same span. Editing time grows faster than "
+                "the number of frames: begin with few."
             ),
             inputs=[
                 io.Combo.Input(
@@ -32,7 +37,7 @@ class LoadFrames(io.ComfyNode):
                     options=_choices(),
                     upload=io.UploadType.video,
                     tooltip="The video, or the folder of images (read in natural order), in ComfyUI's input folder. "
-                    "Subfolders are listed one level deep.",
+                    "Subfolders are listed one level deep. GIF, .apng and animated WebP are videos, too.",
                 ),
                 io.Int.Input(
                     "start",
@@ -79,15 +84,29 @@ class LoadFrames(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "fit",
-                    options=list(frames.FITS),
+                    options=list(FITS),
                     tooltip="When the proportions differ. crop: fill the size and cut the edges. pad: show everything "
                     "between black bars. stretch: distort.",
                 ),
+                io.Video.Input(
+                    "video",
+                    optional=True,
+                    tooltip="A video from another node. When connected, it is read instead of the file.",
+                ),
             ],
+            hidden=[io.Hidden.unique_id],
             outputs=[
                 io.Image.Output(display_name="images"),
                 io.Float.Output(display_name="fps", tooltip="Frames a second after the stride, for Create Video."),
                 io.Int.Output(display_name="frame count"),
+                io.Mask.Output(
+                    display_name="mask",
+                    tooltip="1 where nothing of the clip shows: transparent places, and bars of pad.",
+                ),
+                io.Audio.Output(
+                    display_name="audio",
+                    tooltip="The sound of the frames taken, for Create Video; nothing when the clip has none.",
+                ),
             ],
         )
 
@@ -100,19 +119,26 @@ class LoadFrames(io.ComfyNode):
         return _host.state_of(file, frames.image_files)
 
     @classmethod
-    def execute(cls, file, start, count, stride, width, height, fit) -> io.NodeOutput:
-        path = _host.path_of(file, "Load Frames", folders=True)
+    def execute(cls, file, start, count, stride, width, height, fit, video=None) -> io.NodeOutput:
+        path = _host.path_of(file, "Load Frames", folders=True) if video is None else None
         bar = comfy.utils.ProgressBar(1)
 
         def progress(done: int, total: int) -> None:
             comfy.model_management.throw_exception_if_processing_interrupted()
             bar.update_absolute(done, total)
 
+        settings = {"start": start, "count": count, "stride": stride, "width": width, "height": height, "fit": fit}
         try:
-            images, fps = frames.read_frames(path, start, count, stride, width, height, fit, progress)
+            if video is None:
+                clip = frames.read_frames(path, **settings, progress=progress)
+            else:
+                clip = _host.read_video(video, settings, progress)
         except ValueError as error:
             raise ValueError(f"Load Frames: {error}") from error
-        return io.NodeOutput(images, fps, len(images))
+        for note in clip.notes:
+            _host.say(cls, note)
+        audio = clip.sound and {"waveform": clip.sound.samples[None], "sample_rate": clip.sound.rate}
+        return io.NodeOutput(clip.images, clip.fps, len(clip.images), clip.mask, audio)
 
 
 def _choices() -> list[str]:
@@ -123,7 +149,18 @@ def _choices() -> list[str]:
     entries = [top, *(_host.listed(root, folder) for folder in folders)]
     files = [name for entry in entries for name, is_folder in entry if not is_folder]
     shown = {name.rpartition("/")[0] for name in files if name.lower().endswith(frames.IMAGE_SUFFIXES)}
-    return sorted(folder_paths.filter_files_content_types(files, ["video"])) + sorted(shown - {""})
+    videos = {*folder_paths.filter_files_content_types(files, ["video"])}
+    videos |= {name for name in files if name.lower().endswith(frames.CLIP_SUFFIXES)}
+    # In a folder, WebP are the images of a clip; to look into each would take long.
+    videos |= {name for name, _ in top if name.lower().endswith(".webp") and _is_animated(root, name)}
+    return sorted(videos) + sorted(shown - {""})
+
+
+def _is_animated(root: str, name: str) -> bool:
+    try:
+        return is_animated_webp(Path(root, name))
+    except OSError:
+        return False
 
 
 NODES = [LoadFrames]

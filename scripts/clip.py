@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cove.frames import write_frames
+from cove.encode import write_frames
 
 MARGIN = 1.5  # pixels over which a shape's border fades, so that motion below a pixel shows
 

@@ -34,10 +34,10 @@ def main() -> None:
     from cove.report import check_libraries, edit_columns, panels_of, plot, summary, table
 
     check_libraries()
-    edited, _ = read_frames(arguments.edited)
+    edited = read_frames(arguments.edited).images
     height, width = edited.shape[1:3]
     taken = {"start": arguments.start, "stride": arguments.stride, "count": len(edited)}
-    source, _ = read_frames(arguments.source, **taken, width=width, height=height)
+    source = read_frames(arguments.source, **taken, width=width, height=height).images
     columns = edit_columns(source, edited)
     print(f"{len(edited)} frames of {width}x{height}. {summary(columns)}\n\n{table(columns)}")
     if arguments.plot:

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from cove.correspondence import Correspondence
+from cove.encode import write_frames
 from cove.files import whole_file
-from cove.frames import write_frames
 from scripts.host import PromptFailed
 from tests.helpers import call, refused
 from tests.inversion_helpers import invert, same
@@ -266,7 +266,7 @@ def test_files_inside_are_loaded_by_every_name_that_the_host_gives_them(nodes, f
         assert torch.equal(found.forward, matches().forward)
     for name in ("clip.mp4", "sub/clip.mp4", "images", "images/", "clip.mp4 [output]", "images [temp]"):
         assert nodes["LoadFrames"].validate_inputs(file=name) is True
-        images, _, count = call(nodes["LoadFrames"], file=name, count=0, width=0, fit="crop")
+        images, _, count, *_ = call(nodes["LoadFrames"], file=name, count=0, width=0, fit="crop")
         assert images.shape == (FRAMES, HEIGHT, WIDTH, 3) and count == FRAMES
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.records import Records
 from benchmarks.results import rows, spread
-from cove.frames import write_frames
+from cove.encode import write_frames
 from scripts import edit
 from tests.method_helpers import ROOT
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Generator, Tensor
 
-from cove.frames import write_frames
+from cove.encode import write_frames
 
 from .world import Ground, Scene, Thing, between, draw, pixels, random_scene
 

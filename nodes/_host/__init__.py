@@ -33,6 +33,7 @@ from .sampling import (
 from .start import sample_from_noise, warn_of_start
 from .tokenflow import KEY as TOKENFLOW_KEY
 from .tokenflow import flow_tokens
+from .video import read_video
 from .visits import check_no_step_cache, skipped
 
 FeaturesType = io.Custom("COVE_FEATURES")
@@ -80,6 +81,7 @@ __all__ = [
     "plain_conditioning",
     "plan_storage",
     "preview",
+    "read_video",
     "run",
     "run_unet",
     "sample_from_noise",

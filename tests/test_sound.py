@@ -1,0 +1,126 @@
+"""The sound of a span of a clip."""
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from cove.frames import fit_frames, read_frames
+from cove.sound import Sound
+from tests.clip_files import quarters, write
+
+RATE = 8000
+FPS = 10
+FRAMES = 23
+
+
+def ramp(seconds=FRAMES / FPS, rate=RATE, channels=1):
+    """Samples that rise steadily, so that each tells its time; every channel a bit lower than the last."""
+    line = np.arange(round(seconds * rate)) / (seconds * rate) * 0.9
+    return np.stack([line / (1 + channel) for channel in range(channels)])
+
+
+@pytest.fixture
+def clip(tmp_path):
+    """23 frames, 10 a second, with a ramp of as many seconds."""
+    return write(tmp_path / "a.mkv", quarters(FRAMES), "ffv1", rate=FPS, sound=(ramp(), RATE))
+
+
+@pytest.mark.parametrize("start", [0, 1, 7])
+@pytest.mark.parametrize("count", [0, 1, 5])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_it_is_of_the_frames_taken(clip, start, count, stride):
+    read = read_frames(clip, start, count, stride)
+    assert read.sound.rate == RATE and read.sound.samples.dtype == torch.float32
+    expected = torch.from_numpy(ramp()).float()[:, start * RATE // FPS :]
+    length = round(len(read.images) / read.fps * RATE)
+    assert read.sound.samples.shape == (1, length) and length == len(read.images) * stride * RATE // FPS
+    heard = min(length, expected.shape[1])
+    # Matroska's times are in milliseconds: eight samples.
+    assert_close(read.sound.samples[:, :heard], expected[:, :heard], atol=0.9 * 8 / len(ramp()[0]) + 1e-4, rtol=0)
+    assert not read.sound.samples[:, heard:].any()
+
+
+def test_it_has_no_gaps_where_pieces_meet(clip):
+    samples = read_frames(clip, 3).sound.samples[0]
+    steps = samples.diff() * 32768
+    assert steps.abs().max() < 4  # the ramp rises by 1.6 a sample
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("suffix", ["mp4", "mov", "avi", "mkv", "ts"])
+def test_containers_and_channels(tmp_path, channels, suffix):
+    rate = 44100
+    samples = np.sin(2 * np.pi * 440 * np.arange(rate) / rate) * ramp(1, rate, channels)
+    codec = "ffv1" if suffix in ("avi", "mkv") else "libx264"
+    path = write(tmp_path / f"a.{suffix}", quarters(10), codec, rate=FPS, sound=(samples, rate))
+    sound = read_frames(path, 2, 6).sound
+    assert sound.rate == rate and sound.samples.shape == (channels, round(0.6 * rate))
+    loudness = sound.samples.reshape(channels, 6, -1).square().mean(2).sqrt()
+    expected = torch.from_numpy(samples[:, rate // 5 : rate // 5 * 4]).reshape(channels, 6, -1).square().mean(2).sqrt()
+    assert_close(loudness, expected.float(), atol=0.02, rtol=0)
+
+
+def test_what_is_shorter_than_the_picture_ends_in_silence(tmp_path):
+    path = write(tmp_path / "a.mkv", quarters(FRAMES), "ffv1", rate=FPS, sound=(ramp(1) + 0.05, RATE))
+    samples = read_frames(path).sound.samples
+    assert samples.shape[1] == FRAMES * RATE // FPS
+    assert samples[:, : RATE - 100].abs().min() > 0.04 and not samples[:, RATE + 100 :].any()
+    late = read_frames(path, start=15).sound.samples
+    assert late.shape[1] == 8 * RATE // FPS and not late.any()
+
+
+def test_clips_and_images_without_sound(tmp_path):
+    assert read_frames(write(tmp_path / "a.mkv", quarters(3), "ffv1")).sound is None
+
+
+def test_uneven_times_keep_the_length(tmp_path):
+    """Half the frames take twice as long: they play at the mean rate, and the sound is as long as before."""
+    times = [*range(0, 1000, 100), *range(1000, 3000, 200)]
+    path = write(tmp_path / "a.mkv", quarters(20), "ffv1", times=times, sound=(ramp(3), RATE))
+    clip = read_frames(path)
+    assert clip.fps == pytest.approx(19 / 2.8)
+    assert clip.sound.samples.shape[1] == round(20 / clip.fps * RATE)
+
+
+@pytest.mark.parametrize("gap", [60, 4000])
+def test_where_times_jump_it_jumps_too(tmp_path, gap):
+    """Two recordings in one file, each with its own loudness."""
+    parts = []
+    for index, loudness in enumerate([0.3, 0.6]):
+        sound = (np.full((1, 48000), loudness) * np.sin(np.arange(48000) / 10), 48000)
+        options = {"output_ts_offset": str(5 + index * gap)}
+        path = tmp_path / f"{index}.ts"
+        parts.append(write(path, quarters(10), rate=FPS, sound=sound, container_options=options, options={"bf": "0"}))
+    (tmp_path / "a.ts").write_bytes(b"".join(part.read_bytes() for part in parts))
+    clip = read_frames(tmp_path / "a.ts")
+    assert len(clip.images) == 20 and clip.fps == pytest.approx(10)
+    loud = clip.sound.samples.reshape(20, -1).square().mean(1).sqrt() * 2**0.5
+    assert_close(loud[1:9], torch.full((8,), 0.3), atol=0.03, rtol=0)
+    assert_close(loud[11:19], torch.full((8,), 0.6), atol=0.03, rtol=0)
+    part = read_frames(tmp_path / "a.ts", start=12, count=5).sound.samples
+    assert part.square().mean().sqrt() * 2**0.5 == pytest.approx(0.6, abs=0.03)
+
+
+def test_broken_sound_is_passed_over(tmp_path):
+    samples = np.sin(np.arange(96000) / 10)[None] * 0.5
+    path = write(tmp_path / "a.ts", quarters(20), rate=FPS, sound=(samples, 48000), options={"bf": "0"})
+    data = bytearray(path.read_bytes())
+    for packet in range(len(data) // 2 // 188, len(data) // 2 // 188 + 40):  # of the stream, 188 bytes each
+        if data[packet * 188 + 1] & 31 == 1 and data[packet * 188 + 2] == 1:  # the second stream, PID 257
+            data[packet * 188 + 12 : packet * 188 + 188] = bytes([255]) * 176
+    path.write_bytes(data)
+    read = read_frames(path)
+    assert len(read.images) == 20 and read.sound.samples.shape[1] == 96000
+    loud = read.sound.samples.reshape(20, -1).square().mean(1).sqrt() * 2**0.5
+    assert_close(loud[[2, 17]], torch.full((2,), 0.5), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize(("start", "count", "stride"), [(0, 0, 1), (3, 5, 2), (7, 0, 3)])
+def test_of_frames_in_memory(start, count, stride):
+    sound = Sound(torch.from_numpy(ramp(channels=2)).float(), RATE)
+    fitted = fit_frames(torch.rand(FRAMES, 16, 24, 3), FPS, sound, start, count, stride)
+    length = len(fitted.images) * stride * RATE // FPS
+    assert fitted.fps == FPS / stride and fitted.sound.samples.shape == (2, length)
+    taken = sound.samples[:, start * RATE // FPS :][:, :length]
+    assert torch.equal(fitted.sound.samples[:, : taken.shape[1]], taken)
