@@ -27,6 +27,7 @@ STEPS = {"steps", "sampling_steps", "feature_steps", "resnet_steps", "attention_
 WORKFLOWS = PACK / "workflows" / "api"
 DEMO, EDIT = WORKFLOWS / "0_demo.json", WORKFLOWS / "1_edit_a_clip.json"
 BASE = PACK / ".edit"
+AUDIO = 4  # which output of Load Frames it is
 DEMO_SIZE, DEMO_FRAMES = (128, 128), 8  # what the demo model was trained on; as many as its own clip has
 
 
@@ -137,6 +138,8 @@ def fill_in(prompt: dict, clip: Path | None, arguments: argparse.Namespace) -> d
             # The rest of the workflow takes the same outputs from Load Frames.
             (load,) = [other for other in read(EDIT).values() if other["class_type"] == "CoveLoadFrames"]
             prompt[node_id] = load
+            for video in [other for other in prompt.values() if other["class_type"] == "CreateVideo"]:
+                video["inputs"]["audio"] = [node_id, AUDIO]  # the demo clip has none
             size, frames = size or DEMO_SIZE, frames or DEMO_FRAMES
     for node in prompt.values():
         inputs, title = node["inputs"], node.get("_meta", {}).get("title", "")

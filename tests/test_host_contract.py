@@ -48,6 +48,8 @@ def look_at(comfy, nodes, load, control, path_of) -> tuple[dict, dict]:
     import comfy.sd
     from comfy.clip_vision import ClipVisionModel
     from comfy.ldm.modules.diffusionmodules.openaimodel import forward_timestep_embed
+    from comfy_api.input_impl import VideoFromFile
+    from comfy_api.util import VideoComponents
 
     import nodes as stock
 
@@ -98,6 +100,8 @@ def look_at(comfy, nodes, load, control, path_of) -> tuple[dict, dict]:
     towers = loaded["sd15"].cond_stage_model
     attention, openai = "comfy.ldm.modules.attention", "comfy.ldm.modules.diffusionmodules.openaimodel"
     instances = {
+        "comfy_api.input_impl.VideoFromFile": VideoFromFile("clip.mp4"),
+        "comfy_api.util.VideoComponents": VideoComponents(images=torch.zeros(1, 8, 8, 3), frame_rate=12),
         "comfy_api.v0_0_2.io.ComfyNode": nodes["DDIMInversion"],
         "comfy_api.v0_0_2.io.Schema": nodes["DDIMInversion"].define_schema(),
         "comfy.patcher_extension.WrapperExecutor": seen["executor"],

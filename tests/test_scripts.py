@@ -59,6 +59,7 @@ def test_a_clip_of_ones_own_takes_the_place_of_the_demo_clip():
     assert [frames[name] for name in ("file", "count", "width", "height")] == ["boat.mp4", 8, 128, 128]
     assert texts(prompt)["Source prompt"] == ""  # nobody said what it shows; it is no star
     assert texts(filled(edit.EDIT, "boat.mp4", checkpoint=Path("a"), prompt="snow"))["Source prompt"] == ""
+    assert the(prompt, "CreateVideo").pop("audio") == [place, 4]
     assert {key: node for key, node in prompt.items() if key != place and "text" not in node["inputs"]} == {
         key: node for key, node in before.items() if key != place and "text" not in node["inputs"]
     }

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from cove.frames import read_frames
 from scripts.host import PACK
 from tests.workflow_helpers import (
     FILES,
@@ -177,6 +178,22 @@ def test_edit_gives_a_video_of_the_frames_asked_for(server, run, latent, picture
     edited = pictures(name, f"{the(prompt, 'VAEDecode')} saved")
     assert len(edited) == FRAMES and all(picture.std() > 3 for picture in edited)
     assert abs(video - numpy.stack(edited).astype(float)).mean() < 8  # H.264 kept them, in their order
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "SaveVideo" in str(api_form(name)) and name != DEMO])
+def test_saved_videos_keep_rate_length_and_sound(server, run, name):
+    prompt, outputs = run(name)
+    saved = [outputs[node_id]["images"] for node_id, node in prompt.items() if node["class_type"] == "SaveVideo"]
+    source = read_frames(server.base / "input" / "clip.mp4", count=FRAMES)
+    assert saved and source.fps == FPS
+    for (entry,) in saved:
+        clip = read_frames(server.path_of(entry))
+        assert len(clip.images) == FRAMES and clip.fps == FPS and clip.sound.rate == source.sound.rate
+        assert clip.sound.samples.shape[1] == source.sound.samples.shape[1]
+        heard, expected = (
+            sound.samples[:1].unfold(1, 2000, 2000).square().mean(2).sqrt() for sound in (clip.sound, source.sound)
+        )
+        assert (heard - expected).abs().max() < 0.02 < expected.max()
 
 
 def test_controlnet_has_a_say_in_inversion_and_in_sampling(latent):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
+from cove.frames import read_frames
 from scripts.clip import render_clip
 from scripts.host import PACK
+from tests.clip_files import tone, write
 
 FRAMES, WIDTH, HEIGHT, FPS, STEPS = 5, 128, 80, 12, 6
 FILES = ("ckpt_name", "control_net_name", "file")  # inputs that name the user's own
@@ -48,9 +49,7 @@ def choices_of(slot: list) -> list | None:
 
 
 def place_clip(base: Path) -> None:
-    """Put a clip of 12 frames a second where the workflows look for it: a real one, else one rendered here."""
+    """Put a clip of 12 frames a second, with sound, where the workflows look for it: a real one, else one rendered."""
     path = base / "input" / "clip.mp4"
-    if CLIP.is_file():
-        shutil.copyfile(CLIP, path)
-    elif not path.is_file():
-        render_clip(path, fps=FPS)
+    images = read_frames(CLIP if CLIP.is_file() else render_clip(path, fps=FPS)).images
+    write(path, images, rate=FPS, sound=(tone(len(images) / FPS, 48000), 48000), options={"crf": "12"})
