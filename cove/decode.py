@@ -1,6 +1,6 @@
-"""Frames out of files: which stream is shown, what is broken, how many there are.
+"""Decoding of video files: stream selection, damaged packets, headers that are wrong.
 
-PyAV decodes; Pillow does where FFmpeg cannot.
+PyAV decodes, and Pillow what FFmpeg cannot.
 """
 
 from __future__ import annotations
@@ -16,84 +16,22 @@ import av
 import numpy as np
 from PIL import Image
 
+from .convert import UNSPECIFIED, Tags
 
-def decoded(
-    container: av.container.InputContainer, stream: av.VideoStream, notes: dict[str, str]
-) -> Iterator[av.VideoFrame]:
-    """The frames of a stream. What is broken is passed over, and noted."""
-    decoder, frames = _decoder(stream), 0
-
-    def decode(packet: av.Packet | None) -> Iterator[av.VideoFrame]:
-        nonlocal frames
-        try:
-            for frame in decoder.decode(packet):
-                frame.time_base = stream.time_base  # frames that come out at the end have none
-                frames += 1
-                yield frame
-        except av.FFmpegError as error:
-            note(error)
-
-    def note(error: av.FFmpegError) -> None:
-        notes.setdefault(
-            "broken",
-            f"A part of the file is broken ({error.strerror}): {frames} frames before it could be read, and what comes "
-            "after it as far as possible.",
-        )
-
-    try:
-        for packet in container.demux(stream):
-            if packet.size:
-                yield from decode(packet)
-    except av.FFmpegError as error:
-        note(error)
-    yield from decode(None)
-
-
-def _decoder(stream: av.VideoStream) -> av.VideoCodecContext:
-    """FFmpeg's own decoders of VP8 and VP9 leave out the alpha that WebM keeps beside the picture; libvpx does not."""
-    names = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
-    if stream.metadata.get("alpha_mode") == "1" and stream.codec.name in names:
-        decoder = av.CodecContext.create(names[stream.codec.name], "r")
-        decoder.extradata = stream.codec_context.extradata
-        return decoder
-    stream.thread_type = "AUTO"
-    return stream.codec_context
-
-
-def count_packets(source: Path | BytesIO, name: str, enough: int, begin: float, end: float) -> int:
-    """Packets of the video within these times, up to `enough` of them, 0 = all. A broken end ends the count."""
-    packets = 0
-    with opened(source, name) as container:
-        try:
-            for packet in container.demux(video_stream(container, name)):
-                time = None if packet.pts is None else float(packet.pts * packet.time_base)
-                packets += packet.size > 0 and (time is None or begin <= time < end)
-                if enough and packets == enough:
-                    break
-        except av.FFmpegError:  # decoding comes to the same place, and notes it
-            pass
-    return packets
-
-
-def announced_seconds(container: av.container.InputContainer, stream: av.VideoStream) -> float:
-    """How long the video lasts by the header, 0 = it does not say. Other streams may last longer."""
-    if stream.duration:
-        return float(stream.duration * stream.time_base)
-    hours, minutes, seconds = stream.metadata.get("DURATION", "0:0:0").split(":")  # Matroska's
-    seconds = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
-    if not seconds and len(container.streams) == 1 and container.duration:
-        seconds = container.duration / av.time_base
-    return seconds
+Source = Path | BytesIO
 
 
 @contextmanager
-def opened(source: Path | BytesIO, name: str) -> Iterator[av.container.InputContainer]:
-    """A container that reads this file only; errors of FFmpeg and of the disk say which file, and what to do.
+def open_container(source: Source, name: str) -> Iterator[av.container.InputContainer]:
+    """Open a video file, or its bytes, and nothing else.
 
-    FFmpeg would open other files and addresses that a playlist names, and take a "%" in a path for a numbering pattern.
+    FFmpeg by itself opens the files and addresses that a playlist names, and takes a "%" in a path for a pattern.
+
+    Raises:
+        ValueError: FFmpeg or the disk failed; names the file.
     """
     try:
-        with _bytes_of(source) as data:
+        with _open_bytes(source) as data:
             data.seek(0)
             options = {"protocol_whitelist": "none"}
             with av.open(data, metadata_errors="ignore", options=options) as container:
@@ -106,7 +44,7 @@ def opened(source: Path | BytesIO, name: str) -> Iterator[av.container.InputCont
 
 
 @contextmanager
-def _bytes_of(source: Path | BytesIO) -> Iterator[IO[bytes]]:
+def _open_bytes(source: Source) -> Iterator[IO[bytes]]:
     if isinstance(source, BytesIO):
         yield source
     else:
@@ -114,9 +52,9 @@ def _bytes_of(source: Path | BytesIO) -> Iterator[IO[bytes]]:
             yield data
 
 
-def video_stream(container: av.container.InputContainer, name: str) -> av.VideoStream:
-    """The stream that players show: one that is marked as default, and of several the one FFmpeg finds best."""
-    # The cover of an audio file is a video stream too, of one picture.
+def select_video(container: av.container.InputContainer, name: str) -> av.VideoStream:
+    """Return the stream that players display: marked as default, and of several the one that FFmpeg rates best."""
+    # The cover of an audio file is a video stream, too, of one picture.
     cover, default = av.stream.Disposition.attached_pic, av.stream.Disposition.default
     streams = [stream for stream in container.streams.video if not stream.disposition & cover]
     if not streams:
@@ -127,17 +65,96 @@ def video_stream(container: av.container.InputContainer, name: str) -> av.VideoS
     return best if best in streams else streams[0]
 
 
-# --- animated WebP, which FFmpeg does not decode ---
+def stream_tags(stream: av.VideoStream) -> Tags:
+    """Return the pixel aspect and the colour tags of a stream."""
+    context = stream.codec_context
+    transfer, primaries = (
+        UNSPECIFIED if tag is None else int(tag) for tag in (context.color_trc, context.color_primaries)
+    )
+    return Tags(float(stream.sample_aspect_ratio or 1), transfer, primaries)
+
+
+def decode_video(
+    container: av.container.InputContainer, stream: av.VideoStream, notes: dict[str, str]
+) -> Iterator[av.VideoFrame]:
+    """Yield the frames of a stream. Damaged packets are skipped; the first is reported in `notes`."""
+    decoder, frames = _decoder_of(stream), 0
+
+    def report(error: av.FFmpegError) -> None:
+        notes.setdefault(
+            "damage",
+            f"The file is damaged ({error.strerror}). {frames} frames before the damage could be decoded; what comes "
+            "after it was decoded as far as possible.",
+        )
+
+    def decode(packet: av.Packet | None) -> Iterator[av.VideoFrame]:
+        nonlocal frames
+        try:
+            for frame in decoder.decode(packet):
+                frame.time_base = stream.time_base  # unset on the last frames
+                frames += 1
+                yield frame
+        except av.FFmpegError as error:
+            report(error)
+
+    try:
+        for packet in container.demux(stream):
+            if packet.size:
+                yield from decode(packet)
+    except av.FFmpegError as error:
+        report(error)
+    yield from decode(None)
+
+
+def _decoder_of(stream: av.VideoStream) -> av.VideoCodecContext:
+    """Return the decoder of a stream. FFmpeg's own VP8 and VP9 decoders ignore WebM's alpha; libvpx decodes it."""
+    libvpx = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+    if stream.metadata.get("alpha_mode") == "1" and stream.codec.name in libvpx:
+        decoder = av.CodecContext.create(libvpx[stream.codec.name], "r")
+        decoder.extradata = stream.codec_context.extradata
+        return decoder
+    stream.thread_type = "AUTO"
+    return stream.codec_context
+
+
+def count_packets(source: Source, name: str, enough: int, begin: float, end: float) -> int:
+    """Count video packets with time stamps from `begin` to before `end`, up to `enough` of them, 0 = all.
+
+    Nothing is decoded. Counting ends where the container is damaged, as decoding does.
+    """
+    packets = 0
+    with open_container(source, name) as container:
+        try:
+            for packet in container.demux(select_video(container, name)):
+                time = None if packet.pts is None else float(packet.pts * packet.time_base)
+                packets += packet.size > 0 and (time is None or begin <= time < end)
+                if enough and packets == enough:
+                    break
+        except av.FFmpegError:
+            pass
+    return packets
+
+
+def header_duration(container: av.container.InputContainer, stream: av.VideoStream) -> float:
+    """Return the duration of the video by its header, in seconds, 0 = unknown. Other streams may be longer."""
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    hours, minutes, seconds = stream.metadata.get("DURATION", "0:0:0").split(":")  # Matroska
+    seconds = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+    if not seconds and len(container.streams) == 1 and container.duration:
+        seconds = container.duration / av.time_base
+    return seconds
 
 
 def is_animated_webp(path: Path) -> bool:
+    """Return whether the header of a WebP has the animation flag."""
     with path.open("rb") as data:
-        head = data.read(21)
-    return head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X" and bool(head[20] & 2)
+        header = data.read(21)
+    return header[:4] == b"RIFF" and header[8:16] == b"WEBPVP8X" and bool(header[20] & 2)
 
 
-def webp_frames(image: Image.Image) -> Iterator[av.VideoFrame]:
-    """All frames of an animated WebP that Pillow has opened."""
+def decode_webp(image: Image.Image) -> Iterator[av.VideoFrame]:
+    """Yield the frames of an animated WebP, which FFmpeg cannot decode."""
     for index in range(image.n_frames):
         image.seek(index)
         frame = av.VideoFrame.from_ndarray(np.array(image.convert("RGBA")), format="rgba")

@@ -1,7 +1,7 @@
-"""Video files and folders of images as frames in torch, as players show them, with their sound.
+"""Video files and folders of images as frames in torch, as players display them, with their audio.
 
-Frames are [frames, height, width, 3] float32 in 0..1, ComfyUI's IMAGE. PyAV decodes; only the frames asked for are
-converted, and each is resized as it is decoded, so the clip is never held at its full size.
+Frames are [frames, height, width, 3] float32 in 0..1, ComfyUI's IMAGE. Only the selected frames are converted, each
+resized as it is decoded, so the clip is never held at its full size.
 """
 
 from __future__ import annotations
@@ -21,37 +21,47 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .decode import announced_seconds, count_packets, decoded, is_animated_webp, opened, video_stream, webp_frames
-from .picture import Orientation, Pictures, deinterlaced, orientation_of, orientation_of_image
-from .sound import Sound, read_sound
-from .times import Clock, Taken
+from .audio import Audio, read_audio
+from .convert import UNTAGGED, FrameConverter, Tags, deinterlace, frame_orientation, image_orientation
+from .decode import (
+    Source,
+    count_packets,
+    decode_video,
+    decode_webp,
+    header_duration,
+    is_animated_webp,
+    open_container,
+    select_video,
+    stream_tags,
+)
+from .timeline import Selection, Timeline
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-CLIP_SUFFIXES = (".3gp", ".apng", ".gif", ".m2ts", ".mts", ".ts")  # clips that do not look like videos to everybody
-IMAGE_FPS = 24.0  # a folder of images does not say how fast it plays; this is what cinema plays at
+CLIP_SUFFIXES = (".3gp", ".apng", ".gif", ".m2ts", ".mts", ".ts")  # clips whose MIME type is not "video"
+IMAGE_FPS = 24.0  # of folders of images, which have no rate; this is cinema's
+
 Progress = Callable[[int, int], None]
-Source = str | os.PathLike | BytesIO
 
 
 class Frames(NamedTuple):
-    """A clip as it is shown.
+    """A clip.
 
     images: [frames, height, width, 3] float32 in 0..1, over black where the clip is transparent.
-    mask: [frames, height, width] float32, 1 where nothing of the clip shows: transparent places, and bars beside it.
-    fps: the rate they play at, frames a second.
-    sound: of the same span, or None when the clip has none.
-    notes: what a user should know of the file, in sentences.
+    mask: [frames, height, width] float32, 1 where the clip is transparent and in bars beside it.
+    fps: frames a second.
+    audio: of the same span; None if the clip has none.
+    notes: what a user should know about the file, in sentences.
     """
 
     images: Tensor
     mask: Tensor
     fps: float
-    sound: Sound | None
+    audio: Audio | None
     notes: tuple[str, ...]
 
 
 def read_frames(
-    source: Source,
+    source: str | os.PathLike | BytesIO,
     start: int = 0,
     count: int = 0,
     stride: int = 1,
@@ -61,47 +71,45 @@ def read_frames(
     progress: Progress | None = None,
     window: tuple[float, float] | None = None,
 ) -> Frames:
-    """Every `stride`-th frame of a video file or a folder of images, from `start` on, resized to `width` x `height`.
+    """Read every `stride`-th frame of a video file or a folder of images, from `start` on, at `width` x `height`.
 
     A video is decoded from its beginning, because seeking is not frame-exact, up to the last frame needed. Of several
-    video streams the one marked as default is taken. Frames are turned, mirrored and stretched as the file says;
-    interlaced ones become whole; HDR is brought to SDR. Where frames are unevenly spaced in time, `fps` is the mean
-    rate of the frames taken. What is broken in the middle is passed over, as players do, and noted.
+    video streams the default one is read. Frames are rotated, mirrored and stretched as the file says; interlaced ones
+    are deinterlaced; HDR becomes SDR. For uneven frame times, `fps` is their average rate. Damaged packets are skipped.
 
     Images are read in natural order ("frame2" before "frame10") and play at 24 frames a second.
 
     Args:
         source: a video file (its path or its bytes), or a folder whose images all have the same size.
         start: index of the first frame, from 0.
-        count: frames to return, 0 = as many as there are.
+        count: frames to return, 0 = to the end.
         stride: distance between two frames, 1 = every frame. The rate is divided by it.
-        width, height: multiples of 8 in pixels, or 0: as in `Pictures`.
-        fit: "crop", "pad" or "stretch", likewise.
-        progress: called as progress(done, total) for each frame decoded; what it raises ends the reading.
-        window: of a video, only the frames from the first to before the second of these times, in seconds.
+        width, height, fit: see `FrameConverter`.
+        progress: called as progress(done, total) for each decoded frame; exceptions it raises end the reading.
+        window: read only video frames whose time stamp is in [first, second), in seconds.
 
     Raises:
         ValueError: nothing at `source`, no video in it, it cannot be decoded, it has fewer frames than asked, its
             images differ in size, or an argument is out of range.
     """
-    pictures, taken = Pictures(width, height, fit), _taken(start, count, stride)
+    selection, converter = _selection(start, count, stride), FrameConverter(width, height, fit)
     progress = progress or (lambda done, total: None)
     if isinstance(source, BytesIO):
-        return _read_video(source, taken, pictures, progress, window)
+        return _read_video(source, "The video", selection, converter, progress, window)
     path = Path(source)
     if not path.exists():
         raise ValueError(f"There is no file or folder at {path}; expected a video file or a folder of images.")
     if path.is_dir():
-        return _read_folder(path, taken, pictures, progress)
+        return _read_folder(path, selection, converter, progress)
     if is_animated_webp(path):
-        return _read_webp(path, taken, pictures, progress)
-    return _read_video(path, taken, pictures, progress, window)
+        return _read_webp(path, selection, converter, progress)
+    return _read_video(path, path.name, selection, converter, progress, window)
 
 
 def fit_frames(
     images: Tensor,
     fps: float,
-    sound: Sound | None = None,
+    audio: Audio | None = None,
     start: int = 0,
     count: int = 0,
     stride: int = 1,
@@ -109,192 +117,196 @@ def fit_frames(
     height: int = 0,
     fit: str = "crop",
 ) -> Frames:
-    """Frames that are in memory already, taken and resized like those of a file.
+    """Select and resize frames in memory as `read_frames` does those of a file, in 16 bits.
 
     Args:
         images: [frames, height, width, 3], or 4 with alpha, float in 0..1.
-        fps, sound: of all of them.
-        start, count, stride, width, height, fit: as in `read_frames`.
+        fps, audio: of all of them.
+        start, count, stride, width, height, fit: see `read_frames`.
     """
-    pictures, taken = Pictures(width, height, fit), _taken(start, count, stride)
-    kept = images[start::stride][: count or None]
-    if len(kept) == 0 or len(kept) < count:
-        raise _too_few("The video", len(images), taken)
-    room, format = _Room(len(kept)), "rgba64le" if images.shape[-1] == 4 else "rgb48le"
-    for image in kept:
+    selection, converter = _selection(start, count, stride), FrameConverter(width, height, fit)
+    selected = images[start::stride][: count or None]
+    if len(selected) == 0 or len(selected) < count:
+        raise _too_few("The video", len(images), selection)
+    buffer, pix_fmt = _FrameBuffer(len(selected)), "rgba64le" if images.shape[-1] == 4 else "rgb48le"
+    for image in selected:
         pixels = (image.float().clamp(0, 1) * 65535).round().cpu().numpy().astype(np.uint16)
-        room.append(pictures(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format=format), Orientation()))
-    if sound is not None:
-        first = round(start / fps * sound.rate)
-        total = round(len(kept) * stride / fps * sound.rate)
-        heard = sound.samples[:, first : first + total]
-        sound = Sound(F.pad(heard, (0, total - heard.shape[1])), sound.rate)
-    return Frames(*room.tensors(), fps / stride, sound, ())
-
-
-def _taken(start: int, count: int, stride: int) -> Taken:
-    for name, value, least in (("start", start, 0), ("count", count, 0), ("stride", stride, 1)):
-        if value < least:
-            raise ValueError(f"{name} is {value}; expected {least} or more.")
-    return Taken(start, count, stride)
+        buffer.append(converter(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format=pix_fmt)))
+    if audio is not None:
+        first, total = round(start / fps * audio.rate), round(len(selected) * stride / fps * audio.rate)
+        samples = audio.samples[:, first : first + total]
+        audio = Audio(F.pad(samples, (0, total - samples.shape[1])), audio.rate)
+    return Frames(*buffer.tensors(), fps / stride, audio, ())
 
 
 def image_files(folder: str | os.PathLike) -> list[Path]:
-    """The images that stand directly in `folder`, in natural order; hidden files are passed over."""
+    """Return the images directly in `folder`, in natural order, without hidden files."""
     files = [file for file in Path(folder).iterdir() if file.suffix.lower() in IMAGE_SUFFIXES]
     return sorted((file for file in files if file.is_file() and file.name[0] != "."), key=_natural)
 
 
 def _natural(file: Path) -> tuple[list, str]:
-    # Splitting by a group puts text and digits in turns, so equal places always compare equal types. The name itself
+    # Splitting by a group alternates text and digits, so equal places always compare equal types. The name itself
     # decides between "frame1" and "frame01".
     parts = re.split(r"(\d+)", file.name.lower())
     return [int(part) if part.isdecimal() else part for part in parts], file.name
+
+
+def _selection(start: int, count: int, stride: int) -> Selection:
+    for name, value, least in (("start", start, 0), ("count", count, 0), ("stride", stride, 1)):
+        if value < least:
+            raise ValueError(f"{name} is {value}; expected {least} or more.")
+    return Selection(start, count, stride)
 
 
 # --- videos ---
 
 
 def _read_video(
-    source: Path | BytesIO,
-    taken: Taken,
-    pictures: Pictures,
+    source: Source,
+    name: str,
+    selection: Selection,
+    converter: FrameConverter,
     progress: Progress,
     window: tuple[float, float] | None,
 ) -> Frames:
-    name = source.name if isinstance(source, Path) else "The video"
     begin, end = window or (-inf, inf)
-    # Headers promise too much and too little. Packets are counted without decoding any.
-    packets, notes = count_packets(source, name, taken.needed, begin, end), {}
-    with opened(source, name) as container:
-        stream = video_stream(container, name)
-        whole = deinterlaced(decoded(container, stream, notes))
-        within = (frame for frame in whole if frame.time is None or begin <= frame.time < end)
-        aspect = float(stream.sample_aspect_ratio or 1)
-        room, clock = _take(name, within, packets, taken, pictures, progress, notes, aspect)
-        if not taken.count and not window and (announced := _missing(container, stream, packets, clock)):
-            notes["short"] = (
-                f"{name} is cut short, or its header promises too much: it announces {announced}, and "
-                f"{len(clock.times)} frames are there."
+    # Headers announce too many frames, or too few. Counting packets decodes nothing.
+    packets, notes = count_packets(source, name, selection.needed, begin, end), {}
+    with open_container(source, name) as container:
+        stream = select_video(container, name)
+        frames = deinterlace(decode_video(container, stream, notes))
+        frames = (frame for frame in frames if frame.time is None or begin <= frame.time < end)
+        tags = stream_tags(stream)
+        buffer, timeline = _collect(name, frames, packets, selection, converter, progress, notes, tags)
+        if not selection.count and window is None and (announced := _missing(container, stream, packets, timeline)):
+            notes["missing"] = (
+                f"{name} ends early, or its header is wrong: it announces {announced}, but has {len(timeline.times)} "
+                "frames."
             )
-        first, last = taken.start, taken.start + (room.length - 1) * taken.stride
+        first, last = selection.start, selection.start + (buffer.length - 1) * selection.stride
         rates = [float(rate) for rate in (stream.average_rate, stream.guessed_rate, stream.base_rate) if rate]
-        fps = clock.rate(first, last, taken.stride, rates or [IMAGE_FPS], float(stream.time_base))
-    with opened(source, name) as container:
-        heard = read_sound(container, clock.spans(first, last, room.length / fps))
-    return Frames(*room.tensors(), fps, heard, tuple(notes.values()))
+        fps = timeline.frame_rate(first, last, selection.stride, rates or [IMAGE_FPS], float(stream.time_base))
+    with open_container(source, name) as container:
+        audio = read_audio(container, timeline.audio_spans(first, last, buffer.length / fps))
+    return Frames(*buffer.tensors(), fps, audio, tuple(notes.values()))
 
 
-def _missing(container: av.container.InputContainer, stream: av.VideoStream, packets: int, clock: Clock) -> str:
-    """What the header announces, if there is less; "" when all is there."""
+def _missing(
+    container: av.container.InputContainer, stream: av.VideoStream, packets: int, timeline: Timeline
+) -> str | None:
+    """Return what the header announces if the file has less."""
     if stream.frames > packets:
         return f"{stream.frames} frames"
-    seconds = announced_seconds(container, stream)
-    return f"{seconds:.1f} seconds" if clock.falls_short_of(seconds) else ""
+    seconds = header_duration(container, stream)
+    return f"{seconds:.1f} seconds" if timeline.ends_before(seconds) else None
 
 
-def _take(
-    name: str,
-    frames: Iterable[av.VideoFrame],
-    expected: int,
-    taken: Taken,
-    pictures: Pictures,
-    progress: Progress,
-    notes: dict[str, str],
-    aspect: float = 1.0,
-) -> tuple[_Room, Clock]:
-    """The pictures of the frames taken, and the times of all frames up to the last of them."""
-    if expected < max(taken.needed, taken.start + 1):
-        raise _too_few(name, expected, taken)
-    room, times, orientations = _Room(taken.usable(expected)), [], {}
-    for index, frame in enumerate(frames):
-        times.append(frame.time)
-        if index in taken:
-            # PyAV keeps a frame whose side data was asked for until the garbage is collected: ask once.
-            turn = frame.rotation, frame.width, frame.height
-            if turn not in orientations:
-                orientations[turn] = orientation_of(frame)
-            orientation, whole = orientations[turn]
-            if not whole:
-                notes["turn"] = f"{name} asks for a turn that is not by quarters; the nearest quarter was taken."
-            room.append(pictures(frame, orientation, aspect))
-        progress(index + 1, max(index + 1, taken.needed or expected))
-        if index + 1 == taken.needed:
-            break
-    if not times:
-        why = " ".join(notes.values())
-        raise ValueError(f"{name} has a video stream, but no frame in it could be decoded. {why} Save it again.")
-    if not room.length or room.length < taken.count:
-        raise _too_few(name, len(times), taken)
-    clock = Clock(times)
-    if clock.jumps:
-        notes["jump"] = (
-            f"The time stamps of {name} jump at frame {clock.jumps[0]}, as where a recording is appended to another; "
-            "that frame was taken to follow the one before it."
-        )
-    return room, clock
-
-
-def _read_webp(path: Path, taken: Taken, pictures: Pictures, progress: Progress) -> Frames:
+def _read_webp(path: Path, selection: Selection, converter: FrameConverter, progress: Progress) -> Frames:
     try:
         with Image.open(path) as image:
-            room, clock = _take(path.name, webp_frames(image), image.n_frames, taken, pictures, progress, {})
+            frames = decode_webp(image)
+            buffer, timeline = _collect(path.name, frames, image.n_frames, selection, converter, progress, {})
     except (OSError, EOFError, SyntaxError) as error:
         raise ValueError(f"{path.name} cannot be decoded ({error}). Save it again, or choose another file.") from error
-    first, last = taken.start, taken.start + (room.length - 1) * taken.stride
-    return Frames(*room.tensors(), clock.rate(first, last, taken.stride, [IMAGE_FPS], 0.001), None, ())
+    first, last = selection.start, selection.start + (buffer.length - 1) * selection.stride
+    return Frames(*buffer.tensors(), timeline.frame_rate(first, last, selection.stride, [IMAGE_FPS], 0.001), None, ())
+
+
+def _collect(
+    name: str,
+    frames: Iterable[av.VideoFrame],
+    available: int,
+    selection: Selection,
+    converter: FrameConverter,
+    progress: Progress,
+    notes: dict[str, str],
+    tags: Tags = UNTAGGED,
+) -> tuple[_FrameBuffer, Timeline]:
+    """Convert the selected frames. Returns them, and the time stamps of all frames up to the last one."""
+    if available < max(selection.needed, selection.start + 1):
+        raise _too_few(name, available, selection)
+    buffer, times, orientations = _FrameBuffer(selection.size_of(available)), [], {}
+    for index, frame in enumerate(frames):
+        times.append(frame.time)
+        if index in selection:
+            # PyAV keeps a frame until garbage collection once its side data was read: read it only on changes.
+            key = frame.rotation, frame.width, frame.height
+            if key not in orientations:
+                orientations[key] = frame_orientation(frame)
+            orientation, exact = orientations[key]
+            if not exact:
+                notes["rotation"] = f"{name} is rotated by an odd angle; it was rounded to quarter turns."
+            buffer.append(converter(frame, orientation, tags))
+        progress(index + 1, max(index + 1, selection.needed or available))
+        if index + 1 == selection.needed:
+            break
+    if not times:
+        details = " ".join(["", *notes.values()])
+        raise ValueError(f"No frame of {name} could be decoded.{details} Convert it to an H.264 mp4.")
+    if not buffer.length or buffer.length < selection.count:
+        raise _too_few(name, len(times), selection)
+    timeline = Timeline(times)
+    if timeline.jumps:
+        notes["jump"] = (
+            f"The time stamps of {name} jump at frame {timeline.jumps[0]}, as in joined recordings. The jump was "
+            "removed."
+        )
+    return buffer, timeline
 
 
 # --- folders ---
 
 
-def _read_folder(path: Path, taken: Taken, pictures: Pictures, progress: Progress) -> Frames:
+def _read_folder(path: Path, selection: Selection, converter: FrameConverter, progress: Progress) -> Frames:
     files = image_files(path)
     if not files:
         suffixes = ", ".join(IMAGE_SUFFIXES)
         raise ValueError(f"The folder {path.name} holds no images; expected files ending in {suffixes}.")
-    kept = files[taken.start :: taken.stride][: taken.count or None]
-    if not kept or len(kept) < taken.count:
-        raise _too_few(path.name, len(files), taken)
+    selected = files[selection.start :: selection.stride][: selection.count or None]
+    if not selected or len(selected) < selection.count:
+        raise _too_few(path.name, len(files), selection)
 
-    room, size = _Room(len(kept)), None
-    for index, file in enumerate(kept):
-        with opened(file, file.name) as container:
-            frame = next(container.decode(video_stream(container, file.name)), None)
+    buffer, size = _FrameBuffer(len(selected)), None
+    for index, file in enumerate(selected):
+        with open_container(file, file.name) as container:
+            frame = next(container.decode(select_video(container, file.name)), None)
         if frame is None:
             raise ValueError(f"{file.name} holds no picture. Remove it or save it again.")
-        orientation = orientation_of_image(file)
-        shown = (frame.height, frame.width) if orientation.transpose else (frame.width, frame.height)
-        size = size or shown
-        if shown != size:
+        orientation = image_orientation(file)
+        display = (frame.height, frame.width) if orientation.transpose else (frame.width, frame.height)
+        size = size or display
+        if display != size:
             raise ValueError(
-                f"{file.name} is {shown[0]} x {shown[1]} pixels, but {kept[0].name} is {size[0]} x {size[1]}; the "
-                f"images of a clip need one size. Resize it, or move it out of the folder {path.name}."
+                f"{file.name} is {display[0]} x {display[1]} pixels, but {selected[0].name} is {size[0]} x {size[1]}; "
+                "the images of a clip need one size. Resize it, or move it out of the folder "
+                f"{path.name}."
             )
-        room.append(pictures(frame, orientation))
-        progress(index + 1, len(kept))
-    return Frames(*room.tensors(), IMAGE_FPS / taken.stride, None, ())
+        buffer.append(converter(frame, orientation))
+        progress(index + 1, len(selected))
+    return Frames(*buffer.tensors(), IMAGE_FPS / selection.stride, None, ())
 
 
 # --- both ---
 
 
-class _Room:
-    """Pictures put one after another into one tensor, since a list and its stack would need the memory twice.
+class _FrameBuffer:
+    """Frames written one after another into one tensor, since a list and its stack would need the memory twice.
 
-    The tensor has room for `expected` pictures from the start, and doubles when there are more. Memory is only taken
-    up by what is written, and by masks only from the first transparent picture on.
+    Room for `expected` frames is reserved, which uses no memory before it is written, and doubled when it is full.
     """
 
     def __init__(self, expected: int):
         self.expected, self.length, self.images, self.mask = max(1, expected), 0, None, None
 
     def append(self, picture: Tensor) -> None:
+        """Append [height, width, 3], or 4 with alpha."""
         if self.images is None:
             self.images = torch.empty(self.expected, *picture.shape[:2], 3)
         elif self.length == len(self.images):
             self.images = torch.cat([self.images, torch.empty_like(self.images)])
-            self.mask = self.mask and torch.cat([self.mask, torch.zeros_like(self.mask)])
+            if self.mask is not None:
+                self.mask = torch.cat([self.mask, torch.zeros_like(self.mask)])
         self.images[self.length] = picture[..., :3]
         if picture.shape[-1] == 4 and (picture[..., 3] < 1).any():
             if self.mask is None:
@@ -303,14 +315,14 @@ class _Room:
         self.length += 1
 
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """The images, and their mask; where nothing is transparent, all frames share one of zeros."""
+        """Return images and mask. If nothing is transparent, all frames share one mask of zeros."""
         images = self.images[: self.length]
         mask = torch.zeros(1, *images.shape[1:3]).expand(images.shape[:3]) if self.mask is None else self.mask
         return images, mask[: self.length]
 
 
-def _too_few(name: str, available: int, taken: Taken) -> ValueError:
-    start, count, stride = taken
+def _too_few(name: str, available: int, selection: Selection) -> ValueError:
+    start, count, stride = selection
     wanted = f"start {start}, count {count}, stride {stride} needs {start + max(count - 1, 0) * stride + 1}"
     usable = len(range(start, available, stride))
     mend = f"Set count to {usable} or less (0 = all)" if usable else f"Set start to {available - 1} or less"

@@ -1,7 +1,7 @@
-"""HDR and wide colours brought to what a screen of BT.709 shows.
+"""HDR and wide-gamut video converted to what a BT.709 display shows.
 
-The curves are those of Rec. ITU-R BT.2100-2: PQ (table 4) and HLG (table 5). White of an SDR picture stands at 203
-cd/m2 (Rep. ITU-R BT.2408-7, table 1); a screen shows SDR by BT.1886 with a gamma of 2.4.
+Transfer functions: Rec. ITU-R BT.2100-2, PQ (table 4) and HLG (table 5). SDR white is 203 cd/m2 (Rep. ITU-R BT.2408-7,
+table 1); the display's gamma is 2.4 (Rec. ITU-R BT.1886).
 """
 
 from __future__ import annotations
@@ -10,71 +10,66 @@ import av
 import torch
 from torch import Tensor
 
-PQ, HLG = 16, 18  # transfer characteristics, numbered by Rec. ITU-T H.273
-BT2020 = 9  # primaries, likewise
-WHITE, PEAK = 203.0, 1000.0  # cd/m2; the peak is the nominal one of HLG, and what PQ is mostly graded for
-KNEE = 0.7  # of white, linear: darker than this nothing changes, brighter is rolled off, up to the peak
+PQ, HLG, BT2020 = 16, 18, 9  # two transfer characteristics and one set of primaries, by Rec. ITU-T H.273
+WHITE, PEAK = 203.0, 1000.0  # cd/m2; HLG's nominal peak, and the most common mastering peak of PQ
+KNEE = 0.7  # relative to white, linear: values below stay unchanged, values up to the peak are compressed
 GAMMA = 2.4
-
-# Rec. ITU-R BT.2087-0, annex 2: linear BT.2020 to linear BT.709
-BT2020_TO_BT709 = ((1.6605, -0.5876, -0.0728), (-0.1246, 1.1329, -0.0083), (-0.0182, -0.1006, 1.1187))
+BT2020_TO_BT709 = ((1.6605, -0.5876, -0.0728), (-0.1246, 1.1329, -0.0083), (-0.0182, -0.1006, 1.1187))  # BT.2087-0
 
 
-def to_bt709(image: Tensor, transfer: int, primaries: int) -> Tensor:
-    """The picture as a screen of BT.709 shows it.
+def to_bt709(picture: Tensor, transfer: int, primaries: int) -> Tensor:
+    """Convert a picture from HDR or BT.2020 to BT.709; other pictures are returned unchanged.
 
     Args:
-        image: signal as decoded, R'G'B', [height, width, 3] float32, 0..1.
-        transfer, primaries: of the signal, by H.273. Without PQ, HLG and BT.2020 nothing changes.
+        picture: non-linear RGB, [height, width, 3] float32 in 0..1.
+        transfer, primaries: numbers of H.273.
 
     Returns:
-        R'G'B' of BT.709, [height, width, 3] float32, 0..1.
+        Non-linear RGB of BT.709, [height, width, 3] float32 in 0..1.
     """
-    if transfer not in (PQ, HLG) and primaries != BT2020:
-        return image
-    light = {PQ: pq_light, HLG: hlg_light}.get(transfer, sdr_light)(image)
+    hdr = transfer in (PQ, HLG)
+    if not hdr and primaries != BT2020:
+        return picture
+    linear = {PQ: linear_from_pq, HLG: linear_from_hlg}.get(transfer, linear_from_sdr)(picture)
     if primaries == BT2020:
-        light = light @ torch.tensor(BT2020_TO_BT709).T
-    light = light.clamp(min=0)
-    if transfer in (PQ, HLG):
-        light = _roll_off(light)
-    return light.clamp(0, 1) ** (1 / GAMMA)
+        linear = linear @ torch.tensor(BT2020_TO_BT709).T
+    linear = linear.clamp(min=0)
+    if hdr:
+        linear = _tone_map(linear)
+    return linear.clamp(0, 1) ** (1 / GAMMA)
 
 
-def pq_light(signal: Tensor) -> Tensor:
-    """Light of a PQ signal, 1 = white of SDR: the EOTF of BT.2100-2, table 4."""
+def linear_from_pq(signal: Tensor) -> Tensor:
+    """Return linear light relative to SDR white: the EOTF of BT.2100-2, table 4."""
     m1, m2, c1, c2, c3 = 2610 / 16384, 2523 / 4096 * 128, 3424 / 4096, 2413 / 4096 * 32, 2392 / 4096 * 32
     root = signal ** (1 / m2)
     return ((root - c1).clamp(min=0) / (c2 - c3 * root)) ** (1 / m1) * 10_000 / WHITE
 
 
-def hlg_light(signal: Tensor) -> Tensor:
-    """Light of an HLG signal, 1 = white of SDR: the inverse OETF of BT.2100-2, table 5, and its system gamma of 1.2.
+def linear_from_hlg(signal: Tensor) -> Tensor:
+    """Return linear light relative to SDR white: the inverse OETF of BT.2100-2, table 5, and a system gamma of 1.2.
 
-    The gamma is applied to each colour, as zscale in FFmpeg does, and not to the luminance: so a picture that was made
-    from SDR comes back as it was.
+    The gamma applies to each channel, as in FFmpeg's zscale, and not to the luminance: SDR video that was converted to
+    HLG comes back unchanged.
     """
     a, b, c = 0.17883277, 0.28466892, 0.55991073
     scene = torch.where(signal <= 0.5, signal.square() / 3, (((signal - c) / a).exp() + b) / 12)
     return scene**1.2 * PEAK / WHITE
 
 
-def sdr_light(signal: Tensor) -> Tensor:
-    """Light of an SDR signal, 1 = white: BT.1886."""
+def linear_from_sdr(signal: Tensor) -> Tensor:
+    """Return linear light relative to SDR white: BT.1886."""
     return signal**GAMMA
 
 
-def _roll_off(light: Tensor) -> Tensor:
-    """Highlights up to the peak fitted below 1 by FFmpeg's tonemap, in which the colours keep their proportions."""
-    height, width = light.shape[:2]
+def _tone_map(linear: Tensor) -> Tensor:
+    """Compress highlights up to the peak below 1 with FFmpeg's tonemap, which keeps the ratios of the channels."""
+    height, width = linear.shape[:2]
     graph = av.filter.Graph()
-    size = {"video_size": f"{width}x{height}", "pix_fmt": "gbrpf32le", "time_base": "1/1"}
     graph.link_nodes(
-        graph.add("buffer", **size),
+        graph.add("buffer", f"video_size={width}x{height}:pix_fmt=gbrpf32le:time_base=1/1"),
         graph.add("tonemap", f"mobius:param={KNEE}:desat=0:peak={PEAK / WHITE}"),
         graph.add("buffersink"),
     ).configure()
-    frame = av.VideoFrame.from_ndarray(light.contiguous().numpy(), format="gbrpf32le")
-    frame.pts = 0
-    graph.vpush(frame)
+    graph.vpush(av.VideoFrame.from_ndarray(linear.contiguous().numpy(), format="gbrpf32le"))
     return torch.from_numpy(graph.vpull().to_ndarray())

@@ -10,8 +10,8 @@ import folder_paths
 from comfy_api.v0_0_2 import io
 
 from ..cove import frames
+from ..cove.convert import FITS
 from ..cove.decode import is_animated_webp
-from ..cove.picture import FITS
 from . import _host
 
 MAX_SIZE = 16384
@@ -137,7 +137,7 @@ class LoadFrames(io.ComfyNode):
             raise ValueError(f"Load Frames: {error}") from error
         for note in clip.notes:
             _host.say(cls, note)
-        audio = clip.sound and {"waveform": clip.sound.samples[None], "sample_rate": clip.sound.rate}
+        audio = clip.audio and {"waveform": clip.audio.samples[None], "sample_rate": clip.audio.rate}
         return io.NodeOutput(clip.images, clip.fps, len(clip.images), clip.mask, audio)
 
 

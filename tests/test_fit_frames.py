@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from cove.convert import FITS, MAX_SIZE
 from cove.frames import fit_frames
-from cove.picture import FITS, MAX_SIZE
 from tests.method_helpers import picture
 
 

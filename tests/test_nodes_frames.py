@@ -48,7 +48,7 @@ def test_what_is_not_as_it_should_be_is_said(nodes, base, lines):
     path = tagged(write(base / "input" / "turned.mp4", quarters()), (0.1736, 0.9848, -0.9848, 0.1736))
     load(nodes, file="turned.mp4")
     path.unlink()
-    assert lines() == ["turned.mp4 asks for a turn that is not by quarters; the nearest quarter was taken."]
+    assert lines() == ["turned.mp4 is rotated by an odd angle; it was rounded to quarter turns."]
 
 
 def test_animated_images_and_transport_streams_can_be_chosen(nodes, base):

@@ -188,10 +188,10 @@ def test_saved_videos_keep_rate_length_and_sound(server, run, name):
     assert saved and source.fps == FPS
     for (entry,) in saved:
         clip = read_frames(server.path_of(entry))
-        assert len(clip.images) == FRAMES and clip.fps == FPS and clip.sound.rate == source.sound.rate
-        assert clip.sound.samples.shape[1] == source.sound.samples.shape[1]
+        assert len(clip.images) == FRAMES and clip.fps == FPS and clip.audio.rate == source.audio.rate
+        assert clip.audio.samples.shape[1] == source.audio.samples.shape[1]
         heard, expected = (
-            sound.samples[:1].unfold(1, 2000, 2000).square().mean(2).sqrt() for sound in (clip.sound, source.sound)
+            sound.samples[:1].unfold(1, 2000, 2000).square().mean(2).sqrt() for sound in (clip.audio, source.audio)
         )
         assert (heard - expected).abs().max() < 0.02 < expected.max()
 

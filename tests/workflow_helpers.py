@@ -52,4 +52,5 @@ def place_clip(base: Path) -> None:
     """Put a clip of 12 frames a second, with sound, where the workflows look for it: a real one, else one rendered."""
     path = base / "input" / "clip.mp4"
     images = read_frames(CLIP if CLIP.is_file() else render_clip(path, fps=FPS)).images
-    write(path, images, rate=FPS, sound=(tone(len(images) / FPS, 48000), 48000), options={"crf": "12"})
+    stereo = tone(len(images) / FPS, 48000).repeat(2, 0)  # ComfyUI saves one channel as two, 3 dB lower
+    write(path, images, rate=FPS, sound=(stereo, 48000), options={"crf": "12"})

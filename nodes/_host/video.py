@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from comfy_api.input_impl import VideoFromFile
 
+from ...cove.audio import Audio
 from ...cove.frames import Frames, fit_frames, read_frames
-from ...cove.sound import Sound
 
 
 def read_video(video: Any, settings: dict[str, Any], progress: Callable[[int, int], None]) -> Frames:
@@ -31,8 +31,8 @@ def read_video(video: Any, settings: dict[str, Any], progress: Callable[[int, in
     images, audio = parts.images, parts.audio
     if getattr(parts, "alpha", None) is not None:
         images = torch.cat([images[..., :3], parts.alpha], dim=-1)
-    sound = audio and Sound(audio["waveform"][0].float(), int(audio["sample_rate"]))
-    return fit_frames(images, float(parts.frame_rate), sound, **settings)
+    audio = audio and Audio(audio["waveform"][0].float(), int(audio["sample_rate"]))
+    return fit_frames(images, float(parts.frame_rate), audio, **settings)
 
 
 def _trim(video: VideoFromFile) -> tuple[float, float] | None:

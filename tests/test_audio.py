@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from cove.audio import Audio
 from cove.frames import fit_frames, read_frames
-from cove.sound import Sound
 from tests.clip_files import quarters, write
 
 RATE = 8000
@@ -31,18 +31,18 @@ def clip(tmp_path):
 @pytest.mark.parametrize("stride", [1, 2, 3])
 def test_it_is_of_the_frames_taken(clip, start, count, stride):
     read = read_frames(clip, start, count, stride)
-    assert read.sound.rate == RATE and read.sound.samples.dtype == torch.float32
+    assert read.audio.rate == RATE and read.audio.samples.dtype == torch.float32
     expected = torch.from_numpy(ramp()).float()[:, start * RATE // FPS :]
     length = round(len(read.images) / read.fps * RATE)
-    assert read.sound.samples.shape == (1, length) and length == len(read.images) * stride * RATE // FPS
+    assert read.audio.samples.shape == (1, length) and length == len(read.images) * stride * RATE // FPS
     heard = min(length, expected.shape[1])
     # Matroska's times are in milliseconds: eight samples.
-    assert_close(read.sound.samples[:, :heard], expected[:, :heard], atol=0.9 * 8 / len(ramp()[0]) + 1e-4, rtol=0)
-    assert not read.sound.samples[:, heard:].any()
+    assert_close(read.audio.samples[:, :heard], expected[:, :heard], atol=0.9 * 8 / len(ramp()[0]) + 1e-4, rtol=0)
+    assert not read.audio.samples[:, heard:].any()
 
 
 def test_it_has_no_gaps_where_pieces_meet(clip):
-    samples = read_frames(clip, 3).sound.samples[0]
+    samples = read_frames(clip, 3).audio.samples[0]
     steps = samples.diff() * 32768
     assert steps.abs().max() < 4  # the ramp rises by 1.6 a sample
 
@@ -54,7 +54,7 @@ def test_containers_and_channels(tmp_path, channels, suffix):
     samples = np.sin(2 * np.pi * 440 * np.arange(rate) / rate) * ramp(1, rate, channels)
     codec = "ffv1" if suffix in ("avi", "mkv") else "libx264"
     path = write(tmp_path / f"a.{suffix}", quarters(10), codec, rate=FPS, sound=(samples, rate))
-    sound = read_frames(path, 2, 6).sound
+    sound = read_frames(path, 2, 6).audio
     assert sound.rate == rate and sound.samples.shape == (channels, round(0.6 * rate))
     loudness = sound.samples.reshape(channels, 6, -1).square().mean(2).sqrt()
     expected = torch.from_numpy(samples[:, rate // 5 : rate // 5 * 4]).reshape(channels, 6, -1).square().mean(2).sqrt()
@@ -63,15 +63,15 @@ def test_containers_and_channels(tmp_path, channels, suffix):
 
 def test_what_is_shorter_than_the_picture_ends_in_silence(tmp_path):
     path = write(tmp_path / "a.mkv", quarters(FRAMES), "ffv1", rate=FPS, sound=(ramp(1) + 0.05, RATE))
-    samples = read_frames(path).sound.samples
+    samples = read_frames(path).audio.samples
     assert samples.shape[1] == FRAMES * RATE // FPS
     assert samples[:, : RATE - 100].abs().min() > 0.04 and not samples[:, RATE + 100 :].any()
-    late = read_frames(path, start=15).sound.samples
+    late = read_frames(path, start=15).audio.samples
     assert late.shape[1] == 8 * RATE // FPS and not late.any()
 
 
 def test_clips_and_images_without_sound(tmp_path):
-    assert read_frames(write(tmp_path / "a.mkv", quarters(3), "ffv1")).sound is None
+    assert read_frames(write(tmp_path / "a.mkv", quarters(3), "ffv1")).audio is None
 
 
 def test_uneven_times_keep_the_length(tmp_path):
@@ -80,7 +80,7 @@ def test_uneven_times_keep_the_length(tmp_path):
     path = write(tmp_path / "a.mkv", quarters(20), "ffv1", times=times, sound=(ramp(3), RATE))
     clip = read_frames(path)
     assert clip.fps == pytest.approx(19 / 2.8)
-    assert clip.sound.samples.shape[1] == round(20 / clip.fps * RATE)
+    assert clip.audio.samples.shape[1] == round(20 / clip.fps * RATE)
 
 
 @pytest.mark.parametrize("gap", [60, 4000])
@@ -95,10 +95,10 @@ def test_where_times_jump_it_jumps_too(tmp_path, gap):
     (tmp_path / "a.ts").write_bytes(b"".join(part.read_bytes() for part in parts))
     clip = read_frames(tmp_path / "a.ts")
     assert len(clip.images) == 20 and clip.fps == pytest.approx(10)
-    loud = clip.sound.samples.reshape(20, -1).square().mean(1).sqrt() * 2**0.5
+    loud = clip.audio.samples.reshape(20, -1).square().mean(1).sqrt() * 2**0.5
     assert_close(loud[1:9], torch.full((8,), 0.3), atol=0.03, rtol=0)
     assert_close(loud[11:19], torch.full((8,), 0.6), atol=0.03, rtol=0)
-    part = read_frames(tmp_path / "a.ts", start=12, count=5).sound.samples
+    part = read_frames(tmp_path / "a.ts", start=12, count=5).audio.samples
     assert part.square().mean().sqrt() * 2**0.5 == pytest.approx(0.6, abs=0.03)
 
 
@@ -111,16 +111,16 @@ def test_broken_sound_is_passed_over(tmp_path):
             data[packet * 188 + 12 : packet * 188 + 188] = bytes([255]) * 176
     path.write_bytes(data)
     read = read_frames(path)
-    assert len(read.images) == 20 and read.sound.samples.shape[1] == 96000
-    loud = read.sound.samples.reshape(20, -1).square().mean(1).sqrt() * 2**0.5
+    assert len(read.images) == 20 and read.audio.samples.shape[1] == 96000
+    loud = read.audio.samples.reshape(20, -1).square().mean(1).sqrt() * 2**0.5
     assert_close(loud[[2, 17]], torch.full((2,), 0.5), atol=0.03, rtol=0)
 
 
 @pytest.mark.parametrize(("start", "count", "stride"), [(0, 0, 1), (3, 5, 2), (7, 0, 3)])
 def test_of_frames_in_memory(start, count, stride):
-    sound = Sound(torch.from_numpy(ramp(channels=2)).float(), RATE)
+    sound = Audio(torch.from_numpy(ramp(channels=2)).float(), RATE)
     fitted = fit_frames(torch.rand(FRAMES, 16, 24, 3), FPS, sound, start, count, stride)
     length = len(fitted.images) * stride * RATE // FPS
-    assert fitted.fps == FPS / stride and fitted.sound.samples.shape == (2, length)
+    assert fitted.fps == FPS / stride and fitted.audio.samples.shape == (2, length)
     taken = sound.samples[:, start * RATE // FPS :][:, :length]
-    assert torch.equal(fitted.sound.samples[:, : taken.shape[1]], taken)
+    assert torch.equal(fitted.audio.samples[:, : taken.shape[1]], taken)

@@ -53,7 +53,7 @@ def test_a_turn_that_is_not_by_quarters_is_noted(tmp_path):
     path = tagged(write(tmp_path / "a.mp4", quarters()), (0.1736, 0.9848, -0.9848, 0.1736))
     clip = read_frames(path)
     assert near(colours(clip.images[0]), [BLUE, RED, GREY, GREEN])
-    assert clip.notes == ("a.mp4 asks for a turn that is not by quarters; the nearest quarter was taken.",)
+    assert clip.notes == ("a.mp4 is rotated by an odd angle; it was rounded to quarter turns.",)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff"])
@@ -162,10 +162,12 @@ def test_highlights_keep_their_order_and_hue(tmp_path, curve):
 
 def test_known_values_of_the_curves():
     """BT.2408-7, table 1: white of SDR, 203 cd/m2, is 58 % of PQ and 75 % of HLG."""
-    from cove.hdr import hlg_light, pq_light
+    from cove.hdr import linear_from_hlg, linear_from_pq
 
-    assert_close(pq_light(torch.tensor([0.0, 0.5807, 1])), torch.tensor([0, 1, 10_000 / 203]), rtol=2e-3, atol=1e-5)
-    assert_close(hlg_light(torch.tensor([0.0, 0.75, 1])), torch.tensor([0, 1, 1000 / 203]), rtol=2e-3, atol=1e-5)
+    assert_close(
+        linear_from_pq(torch.tensor([0.0, 0.5807, 1])), torch.tensor([0, 1, 10_000 / 203]), rtol=2e-3, atol=1e-5
+    )
+    assert_close(linear_from_hlg(torch.tensor([0.0, 0.75, 1])), torch.tensor([0, 1, 1000 / 203]), rtol=2e-3, atol=1e-5)
 
 
 # --- fields ---
@@ -194,10 +196,10 @@ def test_progressive_frames_are_left_alone(tmp_path):
     path = write(tmp_path / "a.mp4", quarters())
     with av.open(str(path)) as container:
         plain = [frame.to_ndarray(format="yuv420p") for frame in container.decode(video=0)]
-    from cove.picture import deinterlaced
+    from cove.convert import deinterlace
 
     with av.open(str(path)) as container:
-        frames = [frame.to_ndarray(format="yuv420p") for frame in deinterlaced(container.decode(video=0))]
+        frames = [frame.to_ndarray(format="yuv420p") for frame in deinterlace(container.decode(video=0))]
     assert all(np.array_equal(one, other) for one, other in zip(plain, frames, strict=True))
 
 
@@ -255,7 +257,7 @@ def test_the_default_stream_is_shown(tmp_path, default):
         for index, size in enumerate([(32, 16), (96, 64)]):
             stream = container.add_stream("ffv1", rate=12)
             stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
-            stream.disposition = av.stream.Disposition.default if index == default else 0
+            stream.disposition = av.stream.Disposition.default if index == default else av.stream.Disposition(0)
             streams.append(stream)
         for _ in range(3):
             for stream in streams:
@@ -308,7 +310,7 @@ def test_a_header_that_promises_too_much(tmp_path, count):
     path = announce(write(tmp_path / "a.avi", quarters(), "mjpeg", "yuvj420p"), 40_000_000)
     clip = read_frames(path, count=count)
     assert len(clip.images) == (count or 6)
-    assert any("announces 40000000 frames, and 6 frames are there" in note for note in clip.notes) == (count == 0)
+    assert any("announces 40000000 frames, but has 6 frames" in note for note in clip.notes) == (count == 0)
     with pytest.raises(ValueError, match=r"a\.avi has 6 frames, but .* Set count to 6 or less"):
         read_frames(path, count=100_000)
 
@@ -337,7 +339,7 @@ def test_what_is_broken_in_the_middle_is_passed_over(tmp_path, name, codec, pix_
     clip = read_frames(path)
     assert 18 <= len(clip.images) <= 24
     if codec == "png":  # a decoder that does not guess
-        assert len(clip.images) < 24 and any("frames before it could be read" in note for note in clip.notes)
+        assert len(clip.images) < 24 and any("frames before the damage could be decoded" in note for note in clip.notes)
 
 
 @pytest.mark.parametrize(("name", "options"), [("a.mp4", {"movflags": "faststart"}), ("a.avi", {}), ("a.mkv", {})])
@@ -349,8 +351,8 @@ def test_a_file_that_is_cut_short_says_so(tmp_path, name, options):
     path.write_bytes(data[: len(data) * 3 // 4])
     clip = read_frames(path)
     assert 12 <= len(clip.images) < 24
-    said = f"{len(clip.images)} frames are there"
-    assert any("is cut short" in note and said in note for note in clip.notes), clip.notes
+    said = f"has {len(clip.images)} frames"
+    assert any("ends early" in note and said in note for note in clip.notes), clip.notes
 
 
 # --- times ---

@@ -1,0 +1,92 @@
+"""When the frames of a file are displayed: which are selected, how fast they play, which audio belongs to them."""
+
+from __future__ import annotations
+
+from math import inf
+from statistics import median
+from typing import NamedTuple
+
+from .audio import Span
+
+JUMP = 10.0  # seconds; FFmpeg's own threshold for a discontinuity, `-dts_delta_threshold`
+
+
+class Selection(NamedTuple):
+    """Every `stride`-th frame from `start` on, `count` of them, 0 = to the end."""
+
+    start: int = 0
+    count: int = 0
+    stride: int = 1
+
+    @property
+    def needed(self) -> int:
+        """How many frames of the file it takes, 0 = all."""
+        return self.start + (self.count - 1) * self.stride + 1 if self.count else 0
+
+    def size_of(self, available: int) -> int:
+        """Return how many frames are selected from `available` ones."""
+        size = len(range(self.start, available, self.stride))
+        return min(size, self.count or size)
+
+    def __contains__(self, index: int) -> bool:
+        return index >= self.start and (index - self.start) % self.stride == 0
+
+
+class Timeline:
+    """Time stamps of frames, with discontinuities removed.
+
+    A recording that is appended to another one has time stamps of its own, so that time jumps back or far ahead. The
+    frame after a jump is placed at the usual distance from the one before. A long step alone is no jump: a slide show
+    has many, none longer than ten times the median.
+
+    Args:
+        times: seconds, as the file has them. If one is None, nothing is known of any.
+
+    Attributes:
+        jumps: indices of the frames after a discontinuity.
+        positions: seconds since the first frame, without jumps.
+    """
+
+    def __init__(self, times: list[float | None]):
+        self.known = None not in times
+        self.times = times if self.known else [0.0] * len(times)
+        steps = [after - before for before, after in zip(self.times, self.times[1:], strict=False)]
+        usual = median([step for step in steps if step > 0] or [0.0])
+        longest = max(JUMP, 10 * usual)
+        self.jumps = [index for index, step in enumerate(steps, 1) if self.known and not 0 < step <= longest]
+        self.positions = [0.0]
+        for index, step in enumerate(steps, 1):
+            self.positions.append(self.positions[-1] + (usual if index in self.jumps else step))
+
+    def frame_rate(self, first: int, last: int, stride: int, announced: list[float], rounding: float) -> float:
+        """Return frames a second of every `stride`-th frame from `first` to `last`.
+
+        That is the first announced rate that the time stamps do not contradict, else their average.
+
+        Args:
+            announced: frames a second, from the header; at least one.
+            rounding: unit of the time stamps in seconds: 1 ms in Matroska, which must not turn 24 into 23.8.
+        """
+        frames, elapsed = (last - first) // stride, self.positions[last] - self.positions[first]
+        if not frames or elapsed <= 0:
+            return announced[0] / stride
+        for rate in announced:
+            if abs(elapsed - frames * stride / rate) <= 2 * rounding + 0.01 * elapsed:
+                return rate / stride
+        return frames / elapsed
+
+    def ends_before(self, seconds: float) -> bool:
+        """Return whether frames are missing from a video of this duration. The last one may be displayed longer."""
+        steps = [after - before for before, after in zip(self.positions, self.positions[1:], strict=False)]
+        return self.known and not self.jumps and seconds > self.positions[-1] + 1.5 * max(steps, default=inf) + 0.1
+
+    def audio_spans(self, first: int, last: int, seconds: float) -> list[Span]:
+        """Return the spans of the file between jumps, from `first` to `last`, that together last this long."""
+        if not self.known:
+            return []
+        starts = [first, *(index for index in self.jumps if first < index <= last)]
+        places = [self.positions[index] - self.positions[first] for index in starts]
+        return [
+            Span(self.times[index], place, end - place, sum(jump <= index for jump in self.jumps))
+            for index, place, end in zip(starts, places, [*places[1:], seconds], strict=True)
+        ]
