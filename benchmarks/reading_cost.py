@@ -1,9 +1,9 @@
-"""Time and memory of reading a clip, against FFmpeg's program on the same clip.
+"""Time and peak memory of reading a clip, compared with FFmpeg's program on the same clip.
 
     python benchmarks/reading_cost.py [--frames 300] [--size 1920x1080] [--width 512] [--repeats 5]
 
-Needs `ffmpeg` on the path; it draws the clip, decodes it, resizes it and writes RGB to nowhere. Both results are compared
-first. Runs alternate, each in a process of its own; memory is what the process grows by, and what the frames take.
+Needs `ffmpeg` on the path. It draws the clip, then decodes and resizes it to RGB and discards the result. Both results
+are compared first. Runs alternate, each in its own process. Memory: growth of the process, and size of the frames.
 """
 
 from __future__ import annotations

@@ -198,8 +198,8 @@ def _missing(
     """Return what the header announces if the file has less."""
     if stream.frames > packets:
         return f"{stream.frames} frames"
-    seconds = header_duration(container, stream)
-    return f"{seconds:.1f} seconds" if timeline.ends_before(seconds) else None
+    seconds, usual = header_duration(container, stream), float(1 / stream.average_rate) if stream.average_rate else inf
+    return f"{seconds:.1f} seconds" if timeline.ends_before(seconds, usual) else None
 
 
 def _read_webp(path: Path, selection: Selection, converter: FrameConverter, progress: Progress) -> Frames:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import inf
 from statistics import median
 from typing import NamedTuple
 
@@ -75,10 +74,14 @@ class Timeline:
                 return rate / stride
         return frames / elapsed
 
-    def ends_before(self, seconds: float) -> bool:
-        """Return whether frames are missing from a video of this duration. The last one may be displayed longer."""
+    def ends_before(self, seconds: float, usual: float) -> bool:
+        """Return whether frames are missing from a video of this duration. The last one may be displayed longer.
+
+        Args:
+            usual: seconds between two frames by the header.
+        """
         steps = [after - before for before, after in zip(self.positions, self.positions[1:], strict=False)]
-        return self.known and not self.jumps and seconds > self.positions[-1] + 1.5 * max(steps, default=inf) + 0.1
+        return self.known and not self.jumps and seconds > self.positions[-1] + 1.5 * max([usual, *steps]) + 0.1
 
     def audio_spans(self, first: int, last: int, seconds: float) -> list[Span]:
         """Return the spans of the file between jumps, from `first` to `last`, that together last this long."""
