@@ -53,14 +53,13 @@ def _open_bytes(source: Source) -> Iterator[IO[bytes]]:
 
 
 def select_video(container: av.container.InputContainer, name: str) -> av.VideoStream:
-    """Return the stream that players display: marked as default, and of several the one that FFmpeg rates best."""
+    """Return the stream that players display: FFmpeg prefers those marked as default, then the larger ones."""
     # The cover of an audio file is a video stream, too, of one picture.
-    cover, default = av.stream.Disposition.attached_pic, av.stream.Disposition.default
+    cover = av.stream.Disposition.attached_pic
     streams = [stream for stream in container.streams.video if not stream.disposition & cover]
     if not streams:
         kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
         raise ValueError(f"{name} has no video stream (it holds {kinds}). Choose a video or a folder of images.")
-    streams = [stream for stream in streams if stream.disposition & default] or streams
     best = container.streams.best("video")
     return best if best in streams else streams[0]
 
