@@ -108,6 +108,16 @@ def test_frames_are_not_kept_at_full_size(tmp_path):
     assert count == 160 and grown < 100
 
 
+@pytest.mark.parametrize("expected", [0, 1, 2, 5, 9])
+def test_more_frames_than_packets_find_room(expected):
+    buffer, pictures = frames._FrameBuffer(expected), torch.rand(5, 8, 16, 4)
+    pictures[0, ..., 3] = 1
+    for picture in pictures:
+        buffer.append(picture)
+    images, mask = buffer.tensors()
+    assert torch.equal(images, pictures[..., :3]) and torch.equal(mask, 1 - pictures[..., 3])
+
+
 def test_only_what_is_needed_is_decoded(clip):
     seen = []
     read_frames(clip, start=2, count=3, stride=2, progress=lambda done, total: seen.append((done, total)))
