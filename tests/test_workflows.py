@@ -59,7 +59,7 @@ def run(server):
             if kind := kinds.get(node["class_type"]):
                 inputs = {kind[1]: [node_id, 0], "filename_prefix": f"{name}/{node_id}"}
                 prompt[f"{node_id} saved"] = {"class_type": kind[0], "inputs": inputs}
-        return prompt, server.queue(prompt, timeout=300)
+        return prompt, server.queue(prompt, timeout=900)
 
     return once
 
