@@ -25,6 +25,7 @@ MAX_SIZE = 16384  # pixels of a side, the limit of ComfyUI's own nodes
 
 UNSPECIFIED = 2  # of every colour tag, by Rec. ITU-T H.273
 MATRICES = {1: "bt709", 4: "fcc", 5: "bt470", 6: "smpte170m", 7: "smpte240m", 9: "bt2020", 10: "bt2020"}  # H.273
+UNMARKED = (0, 2, 3)  # matrices, likewise: RGB, unspecified, reserved
 SCALE = "flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp"
 OPAQUE = 65280  # of 65535; swscale makes 65532 of an opaque 8 bit alpha, and 65472 of one in 10 bits
 
@@ -108,6 +109,8 @@ class FrameConverter:
 
     def __call__(self, frame: av.VideoFrame, orientation: Orientation = UPRIGHT, tags: Tags = UNTAGGED) -> Tensor:
         """Return the picture, [height, width, 3] float32 in 0..1, or [..., 4] with alpha, premultiplied."""
+        if not has_known_colours(frame):
+            frame.colorspace = UNSPECIFIED  # swscale refuses it
         format = _format_of(frame)._replace(orientation=orientation, tags=tags)
         # FFmpeg's premultiply changes opaque colours, too, by up to 1 of 255: opaque frames bypass it.
         format = format._replace(transparent=_is_transparent(frame, format))
@@ -207,6 +210,11 @@ def frame_orientation(frame: av.VideoFrame) -> tuple[Orientation, bool]:
     if abs(a) + abs(d) >= abs(b) + abs(c):
         return Orientation(False, a < 0, d < 0), b == c == 0
     return Orientation(True, c < 0, b < 0), a == d == 0
+
+
+def has_known_colours(frame: av.VideoFrame) -> bool:
+    """Return whether the colour matrix of a frame is one that swscale converts, or none."""
+    return int(frame.colorspace) in MATRICES or int(frame.colorspace) in UNMARKED
 
 
 def image_orientation(file: Path) -> Orientation:

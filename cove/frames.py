@@ -22,7 +22,15 @@ from PIL import Image
 from torch import Tensor
 
 from .audio import Audio, read_audio
-from .convert import UNTAGGED, FrameConverter, Tags, deinterlace, frame_orientation, image_orientation
+from .convert import (
+    UNTAGGED,
+    FrameConverter,
+    Tags,
+    deinterlace,
+    frame_orientation,
+    has_known_colours,
+    image_orientation,
+)
 from .decode import (
     Source,
     count_packets,
@@ -237,6 +245,11 @@ def _collect(
             orientation, exact = orientations[key]
             if not exact:
                 notes["rotation"] = f"{name} is rotated by an odd angle; it was rounded to quarter turns."
+            if not has_known_colours(frame):
+                notes["colours"] = (
+                    f"{name} has colours that cannot be converted (matrix {int(frame.colorspace)} of H.273); they may "
+                    "look wrong."
+                )
             buffer.append(converter(frame, orientation, tags))
         progress(index + 1, max(index + 1, selection.needed or available))
         if index + 1 == selection.needed:

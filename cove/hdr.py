@@ -10,15 +10,19 @@ import av
 import torch
 from torch import Tensor
 
-PQ, HLG, BT2020 = 16, 18, 9  # two transfer characteristics and one set of primaries, by Rec. ITU-T H.273
+PQ, HLG = 16, 18  # transfer characteristics, numbered by Rec. ITU-T H.273
+BT2020, P3 = 9, 12  # primaries, likewise; P3 with the white of D65, as phones and Macs record it
 WHITE, PEAK = 203.0, 1000.0  # cd/m2; HLG's nominal peak, and the most common mastering peak of PQ
 KNEE = 0.7  # relative to white, linear: values below stay unchanged, values up to the peak are compressed
 GAMMA = 2.4
-BT2020_TO_BT709 = ((1.6605, -0.5876, -0.0728), (-0.1246, 1.1329, -0.0083), (-0.0182, -0.1006, 1.1187))  # BT.2087-0
+TO_BT709 = {  # of linear light
+    BT2020: ((1.6605, -0.5876, -0.0728), (-0.1246, 1.1329, -0.0083), (-0.0182, -0.1006, 1.1187)),  # Rec. BT.2087-0
+    P3: ((1.2249, -0.2249, 0.0), (-0.0421, 1.0421, 0.0), (-0.0196, -0.0786, 1.0983)),  # from SMPTE EG 432-1, table 3
+}
 
 
 def to_bt709(picture: Tensor, transfer: int, primaries: int) -> Tensor:
-    """Convert a picture from HDR or BT.2020 to BT.709; other pictures are returned unchanged.
+    """Convert a picture from HDR, BT.2020 or P3 to BT.709; other pictures are returned unchanged.
 
     Args:
         picture: non-linear RGB, [height, width, 3] float32 in 0..1.
@@ -28,11 +32,11 @@ def to_bt709(picture: Tensor, transfer: int, primaries: int) -> Tensor:
         Non-linear RGB of BT.709, [height, width, 3] float32 in 0..1.
     """
     hdr = transfer in (PQ, HLG)
-    if not hdr and primaries != BT2020:
+    if not hdr and primaries not in TO_BT709:
         return picture
     linear = {PQ: linear_from_pq, HLG: linear_from_hlg}.get(transfer, linear_from_sdr)(picture)
-    if primaries == BT2020:
-        linear = linear @ torch.tensor(BT2020_TO_BT709).T
+    if primaries in TO_BT709:
+        linear = linear @ torch.tensor(TO_BT709[primaries]).T
     linear = linear.clamp(min=0)
     if hdr:
         linear = _tone_map(linear)

@@ -112,8 +112,8 @@ def test_frames_are_not_kept_at_full_size(tmp_path):
 def test_more_frames_than_packets_find_room(expected):
     buffer, pictures = frames._FrameBuffer(expected), torch.rand(5, 8, 16, 4)
     pictures[0, ..., 3] = 1
-    for picture in pictures:
-        buffer.append(picture)
+    for one in pictures:
+        buffer.append(one)
     images, mask = buffer.tensors()
     assert torch.equal(images, pictures[..., :3]) and torch.equal(mask, 1 - pictures[..., 3])
 

@@ -148,6 +148,22 @@ def test_wide_colours_come_back(tmp_path, curve):
         assert near(colours(shown(path)[index]), [RED, GREEN, BLUE, (20 + 12 * index,) * 3], 5)
 
 
+def test_primaries_of_phones_come_back(tmp_path):
+    """P3 with the white of D65; the matrix is the inverse of the one that is tested."""
+    to_p3 = torch.tensor(((0.8225, 0.1774, 0.0), (0.0332, 0.9669, 0.0), (0.0171, 0.0724, 0.9108)))
+    signal = (quarters(1) ** 2.4 @ to_p3.T) ** (1 / 2.4)
+    tags = {"colorspace": 1, "color_primaries": 12, "color_trc": 1, "color_range": 1}
+    path = write(tmp_path / "a.mkv", signal, "ffv1", "yuv444p10le", matrix="bt709", tags=tags)
+    assert near(colours(shown(path)[0]), UPRIGHT, 2)
+
+
+def test_colours_that_cannot_be_converted_are_noted(tmp_path):
+    path = write(tmp_path / "a.mkv", quarters(2), "ffv1", "yuv444p", tags={"colorspace": 8})
+    assert read_frames(path).notes == (
+        "a.mkv has colours that cannot be converted (matrix 8 of H.273); they may look wrong.",
+    )
+
+
 @pytest.mark.parametrize("curve", ["hlg", "pq"])
 def test_highlights_keep_their_order_and_hue(tmp_path, curve):
     nits = torch.tensor([50.0, 142, 203, 400, 700, 1000])
