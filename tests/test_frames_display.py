@@ -276,7 +276,7 @@ def test_the_default_stream_is_shown(tmp_path, default):
         for index, size in enumerate([(32, 16), (96, 64)]):
             stream = container.add_stream("ffv1", rate=12)
             stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
-            stream.disposition = av.stream.Disposition.default if index == default else av.stream.Disposition(0)
+            stream.disposition = av.stream.Disposition.default.value if index == default else 0
             streams.append(stream)
         for _ in range(3):
             for stream in streams:
