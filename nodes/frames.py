@@ -8,6 +8,7 @@ import comfy.model_management
 import comfy.utils
 import folder_paths
 from comfy_api.v0_0_2 import io
+from comfy_execution.validation import validate_node_input
 
 from ..cove import frames
 from ..cove.convert import FITS
@@ -111,8 +112,13 @@ class LoadFrames(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file=None) -> bool | str:
-        return _host.check_name(file, "Load Frames", folders=True)
+    def validate_inputs(cls, file=None, input_types=None) -> bool | str:
+        # A connected video is known by its type only, and ComfyUI leaves checking types to nodes that ask for them.
+        for slot in cls.define_schema().inputs:
+            connected = (input_types or {}).get(slot.id)
+            if connected is not None and not validate_node_input(connected, slot.get_io_type()):
+                return f"Load Frames: {connected} is connected to {slot.id}; expected {slot.get_io_type()}."
+        return "video" in (input_types or {}) or _host.check_name(file, "Load Frames", folders=True)
 
     @classmethod
     def fingerprint_inputs(cls, file=None, **others) -> str:

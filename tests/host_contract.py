@@ -40,6 +40,7 @@ USES = {
     "comfy_api.v0_0_2.io.Schema": "*, node_id, display_name, category, description, inputs, outputs, hidden, "
     "is_output_node",
     "comfy_api.v0_0_2.io.Schema.display_name": FIELD,
+    "comfy_api.v0_0_2.io.Schema.inputs": FIELD,
     "comfy_api.v0_0_2.io.UploadType.video": VALUE,
     "comfy_api.v0_0_2.io.Boolean.Input": "id, *, default, tooltip",
     "comfy_api.v0_0_2.io.Combo.Input": "id, *, options, default, upload, tooltip",
@@ -51,6 +52,8 @@ USES = {
     **{f"comfy_api.v0_0_2.io.{kind}.Output": OUTPUT for kind in ("Clip", "Float", "Image", "Int", "Latent", "Model")},
     **{f"comfy_api.v0_0_2.io.{kind}.Output": OUTPUT for kind in ("Sampler", "Sigmas", "String", "Vae")},
     **{f"comfy_api.v0_0_2.io.{kind}.Output": OUTPUT for kind in ("Audio", "Mask")},
+    "comfy_api.v0_0_2.io.Int.Input.get_io_type": "self",
+    "comfy_execution.validation.validate_node_input": "received_type, input_type",
     "comfy_api.input_impl.VideoFromFile": CLASS,
     "comfy_api.input_impl.VideoFromFile.as_trimmed": OPTIONAL,
     "comfy_api.input_impl.VideoFromFile.get_active_trim_window": OPTIONAL,

@@ -21,7 +21,8 @@ from scripts.host import PACK, version_of
 from tests import host_contract as contract
 from tests.helpers import HEIGHT, WIDTH, hints, latents, prompt, windowed
 
-HOST = {"comfy", "comfy_api", "comfy_extras", "comfyui_version", "folder_paths", "latent_preview", "nodes", "server"}
+HOST = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "comfyui_version", "folder_paths", "latent_preview"}
+HOST |= {"nodes", "server"}
 CALLS = {name: use for name, use in contract.USES.items() if use not in contract.KINDS}
 TRIED = sorted(
     {version for facts in contract.recorded().values() for versions in facts.values() for version in versions}

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
+from scripts.host import PromptFailed
 from tests.clip_files import quarters, tagged, tone, write
 from tests.helpers import call, refused
 
@@ -129,3 +130,24 @@ def test_errors_of_a_video_name_the_node(nodes, base, clip):
     for some in (video, VideoFromComponents(video.get_components())):
         with refused("Load Frames", f"has {FRAMES} frames", "Set count to 9 or less"):
             load(nodes, file=None, video=some, count=FRAMES + 1)
+
+
+def queued(server, clip, **inputs):
+    """What the API answers to a prompt in which Load Frames gets this instead of a file that exists."""
+    prompt = {
+        "1": {"class_type": "LoadVideo", "inputs": {"file": clip}},
+        "2": {"class_type": "CoveLoadFrames", "inputs": WHOLE | {"file": "missing.mp4"} | inputs},
+        "3": {"class_type": "PreviewImage", "inputs": {"images": ["2", 0]}},
+        "4": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 0}},
+    }
+    return server.queue(prompt, 60)
+
+
+def test_the_file_does_not_matter_when_a_video_is_connected(server, clip):
+    assert len(queued(server, clip, video=["1", 0])["3"]["images"]) == FRAMES
+    with pytest.raises(PromptFailed, match=r"there is no file or folder 'missing\.mp4'"):
+        queued(server, clip)
+    with pytest.raises(PromptFailed, match="VIDEO is connected to count; expected INT"):
+        queued(server, clip, video=["1", 0], count=["1", 0])
+    with pytest.raises(PromptFailed, match="IMAGE is connected to video; expected VIDEO"):
+        queued(server, clip, video=["4", 0])
