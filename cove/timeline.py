@@ -81,7 +81,8 @@ class Timeline:
             usual: seconds between two frames by the header.
         """
         steps = [after - before for before, after in zip(self.positions, self.positions[1:], strict=False)]
-        return self.known and not self.jumps and seconds > self.positions[-1] + 1.5 * max([usual, *steps]) + 0.1
+        last = max(self.positions[-1], self.times[-1])  # some headers count from 0, others from the first frame
+        return self.known and not self.jumps and seconds > last + 1.5 * max([usual, *steps]) + 0.1
 
     def audio_spans(self, first: int, last: int, seconds: float) -> list[Span]:
         """Return the spans of the file between jumps, from `first` to `last`, that together last this long."""

@@ -414,3 +414,9 @@ def test_a_slide_show_does_not_jump(tmp_path):
 def test_what_was_written_is_read_without_a_word(tmp_path):
     write_frames(tmp_path / "a.mp4", quarters(), 24)
     assert read_frames(tmp_path / "a.mp4").notes == ()
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.avi", "mpeg4"), ("a.flv", "libx264"), ("a.mkv", "libx264")])
+def test_headers_of_clips_with_b_frames_are_not_taken_for_wrong(tmp_path, name, codec):
+    clip = read_frames(write(tmp_path / name, quarters(12), codec, options={"bf": "2"}))
+    assert len(clip.images) == 12 and clip.fps == 12 and clip.notes == ()
