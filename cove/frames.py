@@ -204,7 +204,7 @@ def _missing(
     container: av.container.InputContainer, stream: av.VideoStream, packets: int, timeline: Timeline
 ) -> str | None:
     """Return what the header announces if the file has less."""
-    if stream.frames > packets + 1:  # AVI with B-frames announces one more
+    if stream.frames > packets + 1:  # AVI may announce one more than it has
         return f"{stream.frames} frames"
     seconds, usual = header_duration(container, stream), float(1 / stream.average_rate) if stream.average_rate else inf
     return f"{seconds:.1f} seconds" if timeline.ends_before(seconds, usual) else None
