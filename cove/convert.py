@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .hdr import BT2020, to_bt709
+from .hdr import BT2020, needs_conversion, to_bt709
 
 FITS = ("crop", "pad", "stretch")
 SIZE_STEP = 8  # pixels to a latent token of every Stable Diffusion VAE
@@ -117,11 +117,12 @@ class FrameConverter:
         if format != self.format:
             self.graph, self.format = self._build_graph(format), format
         pixels = _run(self.graph, frame)
-        picture = torch.from_numpy(pixels.astype(np.float32))
-        picture /= np.iinfo(pixels.dtype).max
+        # In numpy, on one thread: torch's threads would compete with the decoder's.
+        picture = torch.from_numpy(np.divide(pixels, np.iinfo(pixels.dtype).max, dtype=np.float32))
         if format.transparent:
             picture[..., 3][picture[..., 3] >= OPAQUE / 65535] = 1
-        picture[..., :3] = to_bt709(picture[..., :3], tags.transfer, tags.primaries)
+        if needs_conversion(tags.transfer, tags.primaries):
+            picture[..., :3] = to_bt709(picture[..., :3], tags.transfer, tags.primaries)
         return _crop_or_pad(picture, *self.size)
 
     def _build_graph(self, format: FrameFormat) -> av.filter.Graph:

@@ -320,7 +320,7 @@ class _FrameBuffer:
             self.images = torch.cat([self.images, torch.empty_like(self.images)])
             if self.mask is not None:
                 self.mask = torch.cat([self.mask, torch.zeros_like(self.mask)])
-        self.images[self.length] = picture[..., :3]
+        self.images[self.length].numpy()[:] = picture[..., :3].numpy()  # see FrameConverter for why in numpy
         if picture.shape[-1] == 4 and (picture[..., 3] < 1).any():
             if self.mask is None:
                 self.mask = torch.zeros(self.images.shape[:3])

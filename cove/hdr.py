@@ -21,8 +21,13 @@ TO_BT709 = {  # of linear light
 }
 
 
+def needs_conversion(transfer: int, primaries: int) -> bool:
+    """Return whether `to_bt709` changes a picture with these tags."""
+    return transfer in (PQ, HLG) or primaries in TO_BT709
+
+
 def to_bt709(picture: Tensor, transfer: int, primaries: int) -> Tensor:
-    """Convert a picture from HDR, BT.2020 or P3 to BT.709; other pictures are returned unchanged.
+    """Convert a picture from HDR, BT.2020 or P3 to BT.709.
 
     Args:
         picture: non-linear RGB, [height, width, 3] float32 in 0..1.
@@ -31,14 +36,11 @@ def to_bt709(picture: Tensor, transfer: int, primaries: int) -> Tensor:
     Returns:
         Non-linear RGB of BT.709, [height, width, 3] float32 in 0..1.
     """
-    hdr = transfer in (PQ, HLG)
-    if not hdr and primaries not in TO_BT709:
-        return picture
     linear = {PQ: linear_from_pq, HLG: linear_from_hlg}.get(transfer, linear_from_sdr)(picture)
     if primaries in TO_BT709:
         linear = linear @ torch.tensor(TO_BT709[primaries]).T
     linear = linear.clamp(min=0)
-    if hdr:
+    if transfer in (PQ, HLG):
         linear = _tone_map(linear)
     return linear.clamp(0, 1) ** (1 / GAMMA)
 
