@@ -146,10 +146,17 @@ def header_duration(container: av.container.InputContainer, stream: av.VideoStre
 
 
 def is_animated_webp(path: Path) -> bool:
-    """Return whether the header of a WebP has the animation flag."""
+    """Return whether a file is a WebP with the animation flag."""
     with path.open("rb") as data:
         header = data.read(21)
     return header[:4] == b"RIFF" and header[8:16] == b"WEBPVP8X" and bool(header[20] & 2)
+
+
+def is_animated_png(path: Path) -> bool:
+    """Return whether a file is a PNG whose animation chunk is near its beginning, where encoders write it."""
+    with path.open("rb") as data:
+        header = data.read(1024)
+    return header.startswith(b"\x89PNG") and b"acTL" in header.partition(b"IDAT")[0]
 
 
 def decode_webp(image: Image.Image) -> Iterator[av.VideoFrame]:

@@ -12,7 +12,7 @@ from comfy_execution.validation import validate_node_input
 
 from ..cove import frames
 from ..cove.convert import FITS
-from ..cove.decode import is_animated_webp
+from ..cove.decode import is_animated_png, is_animated_webp
 from . import _host
 
 MAX_SIZE = 16384
@@ -38,7 +38,7 @@ class LoadFrames(io.ComfyNode):
                     options=_choices(),
                     upload=io.UploadType.video,
                     tooltip="The video, or the folder of images (read in natural order), in ComfyUI's input folder. "
-                    "Subfolders are listed one level deep. GIF, .apng and animated WebP are videos, too.",
+                    "Subfolders are listed one level deep. GIF, animated PNG and WebP are videos, too.",
                 ),
                 io.Int.Input(
                     "start",
@@ -157,14 +157,15 @@ def _choices() -> list[str]:
     shown = {name.rpartition("/")[0] for name in files if name.lower().endswith(frames.IMAGE_SUFFIXES)}
     videos = {*folder_paths.filter_files_content_types(files, ["video"])}
     videos |= {name for name in files if name.lower().endswith(frames.CLIP_SUFFIXES)}
-    # In a folder, WebP are the images of a clip; to look into each would take long.
-    videos |= {name for name, _ in top if name.lower().endswith(".webp") and _is_animated(root, name)}
+    # In a folder, PNG and WebP are the images of a clip; to look into each would take long.
+    videos |= {name for name, is_folder in top if not is_folder and _is_animated(Path(root, name))}
     return sorted(videos) + sorted(shown - {""})
 
 
-def _is_animated(root: str, name: str) -> bool:
+def _is_animated(path: Path) -> bool:
+    looks = {".webp": is_animated_webp, ".png": is_animated_png}.get(path.suffix.lower())
     try:
-        return is_animated_webp(Path(root, name))
+        return looks is not None and path.is_file() and looks(path)
     except OSError:
         return False
 

@@ -58,6 +58,7 @@ def test_animated_images_and_transport_streams_can_be_chosen(nodes, base):
     pictures = [Image.new("RGB", (24, 16), (20 * index, 90, 90)) for index in range(3)]
     still, animated = {}, {"save_all": True, "append_images": pictures[1:], "duration": 80}
     kinds = {"a.gif": animated, "a.apng": animated | {"format": "PNG"}, "a.webp": animated, "still.webp": still}
+    kinds |= {"a.png": animated, "still.png": still}
     for place in (folder, base / "input"):
         for name, kind in kinds.items():
             pictures[0].save(place / name, **kind)
@@ -65,10 +66,12 @@ def test_animated_images_and_transport_streams_can_be_chosen(nodes, base):
             (place / name).write_bytes(b"")
     options = nodes["LoadFrames"].define_schema().inputs[0].options
     videos = ["a.gif", "a.apng", "a.ts", "a.m2ts", "a.mts", "A.MP4"]
-    assert {*videos, *(f"choices/{name}" for name in videos), "a.webp", "choices"} <= {*options}
-    # A WebP that does not move is an image, and those in a folder are the images of a clip.
-    assert not {"still.webp", "choices/a.webp", "choices/still.webp"} & {*options}
-    assert len(load(nodes, file="a.webp")[0]) == len(load(nodes, file="choices/a.gif")[0]) == 3
+    assert {*videos, *(f"choices/{name}" for name in videos), "a.webp", "a.png", "choices"} <= {*options}
+    # What does not move is an image, and those in a folder are the images of a clip.
+    stills = {"still.webp", "still.png", "choices/a.webp", "choices/a.png", "choices/still.webp", "choices/still.png"}
+    assert not stills & {*options}
+    for name in ("a.webp", "a.png", "choices/a.gif", "choices/a.apng"):
+        assert len(load(nodes, file=name)[0]) == 3
     shutil.rmtree(folder)
     for name in (*kinds, "a.ts", "a.m2ts", "a.mts", "A.MP4"):
         (base / "input" / name).unlink()
