@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from math import inf
 from typing import NamedTuple
 
 import av
@@ -10,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MAX_ROUNDING = 0.05  # seconds; audio frames nearer to one another are contiguous: their time stamps are rounded
-MAX_OVERLAP, MAX_GAP = 0.5, 10.0  # seconds; beyond these, the time stamps jump
+MAX_ROUNDING = 0.02  # seconds; audio frames nearer to one another are contiguous: their time stamps are rounded
+MAX_OVERLAP = 0.5  # seconds; audio further behind what was played belongs to a recording that was not asked for
 
 
 class Audio(NamedTuple):
@@ -21,48 +23,75 @@ class Audio(NamedTuple):
     rate: int
 
 
-class Span(NamedTuple):
-    """`seconds` of a file from time stamp `start` on, after `jumps` discontinuities; placed at `place` seconds."""
+class Recording(NamedTuple):
+    """A stretch of a file that begins at time stamp `start`, and is displayed from `position` on, both in seconds."""
 
     start: float
-    place: float
-    seconds: float
-    jumps: int
+    position: float
 
 
-def read_audio(container: av.container.InputContainer, spans: list[Span]) -> Audio | None:
-    """Return the audio of the spans, silent where the file has none; None if it has no audio stream.
+def read_audio(
+    container: av.container.InputContainer, recordings: list[Recording], begin: float, seconds: float, notes: dict
+) -> Audio | None:
+    """Return the audio from position `begin` on, silent where the file has none; None if it has no audio stream.
 
-    Damaged packets are skipped.
+    Damaged packets are skipped. Audio that cannot be decoded is reported in `notes`.
     """
     stream = container.streams.best("audio") if container.streams.audio else None
-    if stream is None or not spans:
+    if stream is None:
         return None
-    rate, end = stream.rate, spans[-1].start + spans[-1].seconds
-    total = round((spans[-1].place + spans[-1].seconds) * rate)
-    samples, jumps, expected = None, 0, None
-    for time, piece in _decode(container, stream, rate):
+    if stream.codec_context is None or not stream.rate:
+        notes["audio"] = "The sound is left out: FFmpeg cannot decode it. Convert the file to an H.264 mp4 with AAC."
+        return None
+    rate = stream.rate
+    total, samples, current, expected, played = round(seconds * rate), None, 0, None, 0.0
+    rounding = max(MAX_ROUNDING, 1.5 * float(stream.time_base))
+    for time, piece in _split(_decode(container, stream, rate), recordings, rate):
         if samples is None:
             samples = torch.zeros(len(piece), total)
-        if expected is not None:
-            if abs(time - expected) < MAX_ROUNDING:
-                time = expected
-            elif spans[-1].jumps and not -MAX_OVERLAP < time - expected < MAX_GAP:
-                jumps += 1
-        expected = time + piece.shape[1] / rate
-        for span in spans:
-            if span.jumps == jumps:
-                _place(samples, piece, time, span, rate)
-        if jumps == spans[-1].jumps and time > end + 1:
+        if expected is not None and abs(time - expected) < rounding:
+            time = expected
+        current = _recording_of(time, recordings, current, played)
+        start, position = recordings[current]
+        place = position + time - start
+        if place > begin + seconds + 1 and current == len(recordings) - 1:
             break
+        if place < played - MAX_OVERLAP:
+            continue
+        expected = time + piece.shape[1] / rate
+        stop = recordings[current + 1].position if current + 1 < len(recordings) else inf
+        played = min(place + piece.shape[1] / rate, stop)
+        bounds = max(0.0, position - begin) * rate, min(stop - begin, seconds) * rate
+        _place(samples, piece, round((place - begin) * rate), *bounds)
     return None if samples is None else Audio(samples, rate)
 
 
-def _place(samples: Tensor, piece: np.ndarray, time: float, span: Span, rate: int) -> None:
-    """Write the part of a piece that lies in the span."""
-    offset = round((span.place + time - span.start) * rate)
-    begin = max(offset, round(span.place * rate))
-    end = min(offset + piece.shape[1], round((span.place + span.seconds) * rate))
+def _split(
+    pieces: Iterable[tuple[float, np.ndarray]], recordings: list[Recording], rate: int
+) -> Iterator[tuple[float, np.ndarray]]:
+    """Yield pieces that end where a recording begins: a pause that is left out may begin and end within one."""
+    for time, piece in pieces:
+        cuts = sorted(round((start - time) * rate) for start, _ in recordings)
+        for begin, end in pairwise([0, *(cut for cut in cuts if 0 < cut < piece.shape[1]), piece.shape[1]]):
+            yield time + begin / rate, piece[:, begin:end]
+
+
+def _recording_of(time: float, recordings: list[Recording], current: int, played: float) -> int:
+    """Return which recording audio at this time stamp belongs to: the one in which it follows most closely on `played`.
+
+    That is the current one or a later one.
+    """
+
+    def distance(index: int) -> float:
+        start, position = recordings[index]
+        return abs(position + time - start - played)
+
+    return min(range(current, len(recordings)), key=distance)
+
+
+def _place(samples: Tensor, piece: np.ndarray, offset: int, first: float, stop: float) -> None:
+    """Write a piece that begins at sample `offset`, as far as it lies between samples `first` and `stop`."""
+    begin, end = max(offset, round(first)), min(offset + piece.shape[1], round(stop))
     if begin < end:
         samples[: len(piece), begin:end] = torch.from_numpy(piece[:, begin - offset : end - offset])
 
@@ -77,10 +106,11 @@ def _decode(
             continue
         if format != (frame.format.name, frame.layout.name, frame.rate):  # resamplers refuse a change
             format = (frame.format.name, frame.layout.name, frame.rate)
-            resampler = av.AudioResampler("fltp", layout, rate)
+            resampler = av.AudioResampler("flt", layout, rate)
         time = frame.time
         for converted in resampler.resample(frame):
-            yield time, converted.to_ndarray()
+            # Interleaved, since PyAV 18 crashes on planar audio of eight channels.
+            yield time, converted.to_ndarray().reshape(-1, converted.layout.nb_channels).T
             time += converted.samples / rate
 
 

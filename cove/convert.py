@@ -24,7 +24,7 @@ SIZE_STEP = 8  # pixels to a latent token of every Stable Diffusion VAE
 MAX_SIZE = 16384  # pixels of a side, the limit of ComfyUI's own nodes
 
 UNSPECIFIED = 2  # of every colour tag, by Rec. ITU-T H.273
-MATRICES = {1: "bt709", 4: "fcc", 5: "bt470", 6: "smpte170m", 7: "smpte240m", 9: "bt2020", 10: "bt2020"}  # H.273
+MATRICES = {1: "bt709", 4: "fcc", 5: "bt470", 6: "smpte170m", 7: "smpte240m", 9: "bt2020"}  # H.273
 UNMARKED = (0, 2, 3)  # matrices, likewise: RGB, unspecified, reserved
 SCALE = "flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp"
 OPAQUE = 65280  # of 65535; swscale makes 65532 of an opaque 8 bit alpha, and 65472 of one in 10 bits
@@ -185,7 +185,7 @@ def deinterlace(frames: Iterable[av.VideoFrame]) -> Iterator[av.VideoFrame]:
         if graph is not None and present != format:
             yield from _flush(graph)
             graph = None
-        if graph is None and frame.interlaced_frame:
+        if graph is None and frame.interlaced_frame and min(frame.width, frame.height) >= SIZE_STEP:  # bwdif's least: 3
             base, format = frame.time_base, present
             bwdif = ("bwdif", "mode=send_frame:deint=interlaced")
             graph = _graph(format, bwdif, time_base=f"{base.numerator}/{base.denominator}")
@@ -202,7 +202,7 @@ def frame_orientation(frame: av.VideoFrame) -> tuple[Orientation, bool]:
     """Return how to display a frame of a video, and whether its display matrix is exactly that."""
     try:
         side_data = frame.side_data.get("DISPLAYMATRIX")
-    except ValueError:  # PyAV fails on side data that it has no name for, such as EXIF
+    except ValueError:  # PyAV fails on side data that it has no name for
         quarters = {0: (False, False, False), 1: (True, False, True), 2: (False, True, True), 3: (True, True, False)}
         return Orientation(*quarters[round(frame.rotation / 90) % 4]), frame.rotation % 90 == 0
     if side_data is None:

@@ -5,12 +5,14 @@ PyAV decodes, and Pillow what FFmpeg cannot.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from io import BytesIO
+from math import inf
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import av
 import numpy as np
@@ -33,8 +35,9 @@ def open_container(source: Source, name: str) -> Iterator[av.container.InputCont
     try:
         with _open_bytes(source) as data:
             data.seek(0)
+            # As `options`, they would be given to streams, too: PyAV 14 crashes where FFmpeg finds more streams later.
             options = {"protocol_whitelist": "none"}
-            with av.open(data, metadata_errors="ignore", options=options) as container:
+            with av.open(data, metadata_errors="ignore", container_options=options) as container:
                 yield container
     except (av.FFmpegError, OSError) as error:
         raise ValueError(
@@ -53,7 +56,7 @@ def _open_bytes(source: Source) -> Iterator[IO[bytes]]:
 
 
 def select_video(container: av.container.InputContainer, name: str) -> av.VideoStream:
-    """Return the stream that players display: FFmpeg prefers those marked as default, then the larger ones."""
+    """Return the stream that FFmpeg finds best: one marked as default, if there is one."""
     # The cover of an audio file is a video stream, too, of one picture.
     cover = av.stream.Disposition.attached_pic
     streams = [stream for stream in container.streams.video if not stream.disposition & cover]
@@ -61,23 +64,29 @@ def select_video(container: av.container.InputContainer, name: str) -> av.VideoS
         kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
         raise ValueError(f"{name} has no video stream (it holds {kinds}). Choose a video or a folder of images.")
     best = container.streams.best("video")
-    return best if best in streams else streams[0]
+    stream = best if best in streams else streams[0]
+    if stream.codec_context is None:
+        raise ValueError(f"{name} has a codec that FFmpeg cannot decode. Convert it to an H.264 mp4.")
+    return stream
 
 
-def stream_tags(stream: av.VideoStream) -> Tags:
-    """Return the pixel aspect and the colour tags of a stream."""
-    context = stream.codec_context
-    transfer, primaries = (
-        UNSPECIFIED if tag is None else int(tag) for tag in (context.color_trc, context.color_primaries)
-    )
-    return Tags(float(stream.sample_aspect_ratio or 1), transfer, primaries)
+def frame_tags(frame: av.VideoFrame, stream: av.VideoStream) -> Tags:
+    """Return the pixel aspect and the colour tags of a frame."""
+    colours = frame if hasattr(frame, "color_trc") else stream.codec_context  # older PyAV knows the stream's only
+    tags = colours.color_trc, colours.color_primaries
+    return Tags(float(stream.sample_aspect_ratio or 1), *(UNSPECIFIED if tag is None else int(tag) for tag in tags))
+
+
+def are_joined(container: av.container.InputContainer) -> bool:
+    """Return whether time stamps may jump in files of this format, because recordings can follow one another."""
+    return bool(container.format.flags & av.format.Flags.ts_discont.value)
 
 
 def decode_video(
     container: av.container.InputContainer, stream: av.VideoStream, notes: dict[str, str]
 ) -> Iterator[av.VideoFrame]:
     """Yield the frames of a stream. Damaged packets are skipped; the first is reported in `notes`."""
-    decoder, frames = _decoder_of(stream), 0
+    decoder, colours, frames, delay = _decoder_of(stream), stream.codec_context, 0, None
 
     def report(error: av.FFmpegError) -> None:
         notes.setdefault(
@@ -87,10 +96,18 @@ def decode_video(
         )
 
     def decode(packet: av.Packet | None) -> Iterator[av.VideoFrame]:
-        nonlocal frames
+        nonlocal frames, delay
         try:
             for frame in decoder.decode(packet):
                 frame.time_base = stream.time_base  # unset on the last frames
+                if delay is None:  # AVI has no time stamps of display: FFmpeg guesses them too late
+                    delay = (frame.pts or 0) - (stream.start_time or 0) if container.format.name == "avi" else 0
+                if delay and frame.pts is not None:
+                    frame.pts -= delay
+                if decoder is not colours:  # libvpx does not know what the container says
+                    frame.colorspace, frame.color_range = colours.colorspace, colours.color_range
+                if frame.is_corrupt:
+                    notes.setdefault("damage", f"The file is damaged: frame {frames} and some after it may look wrong.")
                 frames += 1
                 yield frame
         except av.FFmpegError as error:
@@ -112,37 +129,51 @@ def _decoder_of(stream: av.VideoStream) -> av.VideoCodecContext:
         decoder = av.CodecContext.create(libvpx[stream.codec.name], "r")
         decoder.extradata = stream.codec_context.extradata
         return decoder
-    stream.thread_type = "AUTO"
-    return stream.codec_context
+    decoder, decoder.thread_type = stream.codec_context, "AUTO"
+    if decoder.name == "hevc":  # which otherwise drops every frame from a damaged one to the next key frame
+        decoder.flags |= av.codec.context.Flags.output_corrupt
+    return decoder
 
 
-def count_packets(source: Source, name: str, enough: int, begin: float, end: float) -> int:
+class Packets(NamedTuple):
+    """`video`: how many video packets. `seconds`: from the first to the last packet of any stream."""
+
+    video: int
+    seconds: float
+
+
+def count_packets(source: Source, name: str, enough: int, begin: float, end: float) -> Packets:
     """Count video packets with time stamps from `begin` to before `end`, up to `enough` of them, 0 = all.
 
     Nothing is decoded. Counting ends where the container is damaged, as decoding does.
     """
-    packets = 0
+    packets, first, last = 0, inf, -inf
     with open_container(source, name) as container:
+        video = select_video(container, name)
         try:
-            for packet in container.demux(select_video(container, name)):
+            for packet in container.demux():
                 time = None if packet.pts is None else float(packet.pts * packet.time_base)
-                packets += packet.size > 0 and (time is None or begin <= time < end)
+                if time is not None:
+                    first = min(first, time)
+                    last = max(last, time + float((packet.duration or 0) * packet.time_base))
+                if packet.stream is video:
+                    packets += packet.size > 0 and (time is None or begin <= time < end)
                 if enough and packets == enough:
                     break
         except av.FFmpegError:
             pass
-    return packets
+    return Packets(packets, max(0.0, last - first))
 
 
-def header_duration(container: av.container.InputContainer, stream: av.VideoStream) -> float:
-    """Return the duration of the video by its header, in seconds, 0 = unknown. Other streams may be longer."""
+def header_duration(stream: av.VideoStream) -> float:
+    """Return the duration of the video by its header, in seconds, 0 = unknown."""
     if stream.duration:
         return float(stream.duration * stream.time_base)
-    hours, minutes, seconds = stream.metadata.get("DURATION", "0:0:0").split(":")  # Matroska
-    seconds = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
-    if not seconds and len(container.streams) == 1 and container.duration:
-        seconds = container.duration / av.time_base
-    return seconds
+    parts = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)\s*", stream.metadata.get("DURATION", ""))  # Matroska
+    if parts is None:
+        return 0.0
+    hours, minutes, seconds = parts.groups()
+    return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
 
 
 def is_animated_webp(path: Path) -> bool:

@@ -25,28 +25,31 @@ from .audio import Audio, read_audio
 from .convert import (
     UNTAGGED,
     FrameConverter,
-    Tags,
     deinterlace,
     frame_orientation,
     has_known_colours,
     image_orientation,
 )
 from .decode import (
+    Packets,
     Source,
+    are_joined,
     count_packets,
     decode_video,
     decode_webp,
+    frame_tags,
     header_duration,
+    is_animated_png,
     is_animated_webp,
     open_container,
     select_video,
-    stream_tags,
 )
 from .timeline import Selection, Timeline
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 CLIP_SUFFIXES = (".3gp", ".apng", ".gif", ".m2ts", ".mts", ".ts")  # clips whose MIME type is not "video"
 IMAGE_FPS = 24.0  # of folders of images, which have no rate; this is cinema's
+MAX_DRIFT = 0.2  # seconds between sound and picture that are worth a note
 
 Progress = Callable[[int, int], None]
 
@@ -108,9 +111,15 @@ def read_frames(
     if not path.exists():
         raise ValueError(f"There is no file or folder at {path}; expected a video file or a folder of images.")
     if path.is_dir():
-        return _read_folder(path, selection, converter, progress)
+        files = image_files(path)
+        if not files:
+            suffixes = ", ".join(IMAGE_SUFFIXES)
+            raise ValueError(f"The folder {path.name} holds no images; expected files ending in {suffixes}.")
+        return _read_images(path.name, files, selection, converter, progress)
     if is_animated_webp(path):
         return _read_webp(path, selection, converter, progress)
+    if path.suffix.lower() in IMAGE_SUFFIXES and not is_animated_png(path):
+        return _read_images(path.name, [path], selection, converter, progress)
     return _read_video(path, path.name, selection, converter, progress, window)
 
 
@@ -185,40 +194,56 @@ def _read_video(
         stream = select_video(container, name)
         frames = deinterlace(decode_video(container, stream, notes))
         frames = (frame for frame in frames if frame.time is None or begin <= frame.time < end)
-        tags = stream_tags(stream)
-        buffer, timeline = _collect(name, frames, packets, selection, converter, progress, notes, tags)
+        buffer, times = _collect(name, frames, packets.video, selection, converter, progress, notes, stream)
+        rates = [float(rate) for rate in (stream.average_rate, stream.guessed_rate, stream.base_rate) if rate]
+        rates = rates or [IMAGE_FPS]
+        timeline = Timeline(times, 1 / rates[0], are_joined(container))
+        if timeline.jumps:
+            notes["jump"] = (
+                f"The time stamps of {name} jump at frame {timeline.jumps[0]}, as in joined recordings. The jump was "
+                "removed."
+            )
         if not selection.count and window is None and (announced := _missing(container, stream, packets, timeline)):
             notes["missing"] = (
-                f"{name} ends early, or its header is wrong: it announces {announced}, but has {len(timeline.times)} "
-                "frames."
+                f"{name} ends early, or its header is wrong: it announces {announced}, but has {len(times)} frames."
             )
         first, last = selection.start, selection.start + (buffer.length - 1) * selection.stride
-        rates = [float(rate) for rate in (stream.average_rate, stream.guessed_rate, stream.base_rate) if rate]
-        fps = timeline.frame_rate(first, last, selection.stride, rates or [IMAGE_FPS], float(stream.time_base))
+        fps = timeline.frame_rate(first, last, selection.stride, rates, float(stream.time_base))
     with open_container(source, name) as container:
-        audio = read_audio(container, timeline.audio_spans(first, last, buffer.length / fps))
+        audio = read_audio(container, timeline.recordings(), timeline.positions[first], buffer.length / fps, notes)
+    drift = timeline.drift(first, last, fps * selection.stride)
+    if audio is not None and drift > MAX_DRIFT:
+        notes["drift"] = (
+            f"The frames of {name} are not evenly spaced in time. At {fps:.3g} frames a second they are up to "
+            f"{drift:.1f} s away from their sound. Convert it to a constant frame rate to avoid that."
+        )
     return Frames(*buffer.tensors(), fps, audio, tuple(notes.values()))
 
 
 def _missing(
-    container: av.container.InputContainer, stream: av.VideoStream, packets: int, timeline: Timeline
+    container: av.container.InputContainer, stream: av.VideoStream, packets: Packets, timeline: Timeline
 ) -> str | None:
     """Return what the header announces if the file has less."""
-    if stream.frames > packets + 1:  # AVI may announce one more than it has
+    if stream.frames > packets.video + 1:  # AVI may announce one more than it has
         return f"{stream.frames} frames"
-    seconds, usual = header_duration(container, stream), float(1 / stream.average_rate) if stream.average_rate else inf
-    return f"{seconds:.1f} seconds" if timeline.ends_before(seconds, usual) else None
+    seconds, usual = header_duration(stream), float(1 / stream.average_rate) if stream.average_rate else inf
+    if seconds:
+        return f"{seconds:.1f} seconds" if timeline.ends_before(seconds, usual) else None
+    seconds = (container.duration or 0) / av.time_base  # of the longest stream
+    return f"{seconds:.1f} seconds" if seconds > packets.seconds + 0.5 and not are_joined(container) else None
 
 
 def _read_webp(path: Path, selection: Selection, converter: FrameConverter, progress: Progress) -> Frames:
     try:
         with Image.open(path) as image:
             frames = decode_webp(image)
-            buffer, timeline = _collect(path.name, frames, image.n_frames, selection, converter, progress, {})
+            buffer, times = _collect(path.name, frames, image.n_frames, selection, converter, progress, {})
+            usual = (image.info.get("duration") or 1000 / IMAGE_FPS) / 1000
     except (OSError, EOFError, SyntaxError) as error:
         raise ValueError(f"{path.name} cannot be decoded ({error}). Save it again, or choose another file.") from error
     first, last = selection.start, selection.start + (buffer.length - 1) * selection.stride
-    return Frames(*buffer.tensors(), timeline.frame_rate(first, last, selection.stride, [IMAGE_FPS], 0.001), None, ())
+    fps = Timeline(times, usual).frame_rate(first, last, selection.stride, [1 / usual], 0.001)
+    return Frames(*buffer.tensors(), fps, None, ())
 
 
 def _collect(
@@ -229,8 +254,8 @@ def _collect(
     converter: FrameConverter,
     progress: Progress,
     notes: dict[str, str],
-    tags: Tags = UNTAGGED,
-) -> tuple[_FrameBuffer, Timeline]:
+    stream: av.VideoStream | None = None,
+) -> tuple[_FrameBuffer, list[float | None]]:
     """Convert the selected frames. Returns them, and the time stamps of all frames up to the last one."""
     if available < max(selection.needed, selection.start + 1):
         raise _too_few(name, available, selection)
@@ -238,11 +263,12 @@ def _collect(
     for index, frame in enumerate(frames):
         times.append(frame.time)
         if index in selection:
-            # PyAV keeps a frame until garbage collection once its side data was read: read it only on changes.
-            key = frame.rotation, frame.width, frame.height
-            if key not in orientations:
-                orientations[key] = frame_orientation(frame)
-            orientation, exact = orientations[key]
+            # An encoder may write the orientation once. And PyAV keeps a frame until garbage collection once its side
+            # data was read: read it only where a recording may begin.
+            size = frame.width, frame.height
+            if size not in orientations:
+                orientations[size] = frame_orientation(frame)
+            orientation, exact = orientations[size]
             if not exact:
                 notes["rotation"] = f"{name} is rotated by an odd angle; it was rounded to quarter turns."
             if not has_known_colours(frame):
@@ -250,7 +276,7 @@ def _collect(
                     f"{name} has colours that cannot be converted (matrix {int(frame.colorspace)} of H.273); they may "
                     "look wrong."
                 )
-            buffer.append(converter(frame, orientation, tags))
+            buffer.append(converter(frame, orientation, UNTAGGED if stream is None else frame_tags(frame, stream)))
         progress(index + 1, max(index + 1, selection.needed or available))
         if index + 1 == selection.needed:
             break
@@ -259,26 +285,18 @@ def _collect(
         raise ValueError(f"No frame of {name} could be decoded.{details} Convert it to an H.264 mp4.")
     if not buffer.length or buffer.length < selection.count:
         raise _too_few(name, len(times), selection)
-    timeline = Timeline(times)
-    if timeline.jumps:
-        notes["jump"] = (
-            f"The time stamps of {name} jump at frame {timeline.jumps[0]}, as in joined recordings. The jump was "
-            "removed."
-        )
-    return buffer, timeline
+    return buffer, times
 
 
-# --- folders ---
+# --- images ---
 
 
-def _read_folder(path: Path, selection: Selection, converter: FrameConverter, progress: Progress) -> Frames:
-    files = image_files(path)
-    if not files:
-        suffixes = ", ".join(IMAGE_SUFFIXES)
-        raise ValueError(f"The folder {path.name} holds no images; expected files ending in {suffixes}.")
+def _read_images(
+    name: str, files: list[Path], selection: Selection, converter: FrameConverter, progress: Progress
+) -> Frames:
     selected = files[selection.start :: selection.stride][: selection.count or None]
     if not selected or len(selected) < selection.count:
-        raise _too_few(path.name, len(files), selection)
+        raise _too_few(name, len(files), selection)
 
     buffer, size = _FrameBuffer(len(selected)), None
     for index, file in enumerate(selected):
@@ -292,8 +310,7 @@ def _read_folder(path: Path, selection: Selection, converter: FrameConverter, pr
         if display != size:
             raise ValueError(
                 f"{file.name} is {display[0]} x {display[1]} pixels, but {selected[0].name} is {size[0]} x {size[1]}; "
-                "the images of a clip need one size. Resize it, or move it out of the folder "
-                f"{path.name}."
+                f"the images of a clip need one size. Resize it, or move it out of the folder {name}."
             )
         buffer.append(converter(frame, orientation))
         progress(index + 1, len(selected))
@@ -338,5 +355,5 @@ def _too_few(name: str, available: int, selection: Selection) -> ValueError:
     start, count, stride = selection
     wanted = f"start {start}, count {count}, stride {stride} needs {start + max(count - 1, 0) * stride + 1}"
     usable = len(range(start, available, stride))
-    mend = f"Set count to {usable} or less (0 = all)" if usable else f"Set start to {available - 1} or less"
+    mend = f"Set count to {usable} or less (0 = all)" if usable else f"Set start to {max(0, available - 1)} or less"
     return ValueError(f"{name} has {available} frames, but {wanted}. {mend}, or choose a longer clip.")

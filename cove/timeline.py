@@ -5,9 +5,13 @@ from __future__ import annotations
 from statistics import median
 from typing import NamedTuple
 
-from .audio import Span
+from .audio import Recording
 
-JUMP = 10.0  # seconds; FFmpeg's own threshold for a discontinuity, `-dts_delta_threshold`
+# Seconds between two frames that are a discontinuity. Transport streams and their like may be joined by copying one
+# file behind the other, and their gaps are mostly lost packets; elsewhere it is FFmpeg's `-dts_delta_threshold`.
+JUMP_OF_JOINED, JUMP = 1.0, 10.0
+
+INAUDIBLE = 0.05  # seconds between sound and picture
 
 
 class Selection(NamedTuple):
@@ -39,20 +43,23 @@ class Timeline:
     has many, none longer than ten times the median.
 
     Args:
-        times: seconds, as the file has them. If one is None, nothing is known of any.
+        times: seconds, in the order of display. None where the file has none: the frame is placed beside its
+            neighbours.
+        usual: seconds between two frames by the header.
+        joined: whether recordings can follow one another in a file of this format. Elsewhere time stamps that go back
+            are wrong ones (AVI has none for frames out of order), and are sorted.
 
     Attributes:
         jumps: indices of the frames after a discontinuity.
         positions: seconds since the first frame, without jumps.
     """
 
-    def __init__(self, times: list[float | None]):
-        self.known = None not in times
-        self.times = times if self.known else [0.0] * len(times)
+    def __init__(self, times: list[float | None], usual: float, joined: bool = False):
+        self.times = _filled(times, usual) if joined else sorted(_filled(times, usual))
         steps = [after - before for before, after in zip(self.times, self.times[1:], strict=False)]
         usual = median([step for step in steps if step > 0] or [0.0])
-        longest = max(JUMP, 10 * usual)
-        self.jumps = [index for index, step in enumerate(steps, 1) if self.known and not 0 < step <= longest]
+        longest = max(JUMP_OF_JOINED if joined else JUMP, 10 * usual)
+        self.jumps = [index for index, step in enumerate(steps, 1) if not 0 <= step <= longest]
         self.positions = [0.0]
         for index, step in enumerate(steps, 1):
             self.positions.append(self.positions[-1] + (usual if index in self.jumps else step))
@@ -70,9 +77,14 @@ class Timeline:
         if not frames or elapsed <= 0:
             return announced[0] / stride
         for rate in announced:
-            if abs(elapsed - frames * stride / rate) <= 2 * rounding + 0.01 * elapsed:
+            if abs(elapsed - frames * stride / rate) <= 2 * rounding + min(0.01 * elapsed, INAUDIBLE):
                 return rate / stride
         return frames / elapsed
+
+    def drift(self, first: int, last: int, frame_rate: float) -> float:
+        """Return how far frames from `first` to `last` are from their time at a constant rate, at most, in seconds."""
+        start = self.positions[first]
+        return max(abs(self.positions[i] - start - (i - first) / frame_rate) for i in range(first, last + 1))
 
     def ends_before(self, seconds: float, usual: float) -> bool:
         """Return whether frames are missing from a video of this duration. The last one may be displayed longer.
@@ -82,15 +94,17 @@ class Timeline:
         """
         steps = [after - before for before, after in zip(self.positions, self.positions[1:], strict=False)]
         last = max(self.positions[-1], self.times[-1])  # some headers count from 0, others from the first frame
-        return self.known and not self.jumps and seconds > last + 1.5 * max([usual, *steps]) + 0.1
+        return not self.jumps and seconds > last + 1.5 * max([usual, *steps]) + 0.1
 
-    def audio_spans(self, first: int, last: int, seconds: float) -> list[Span]:
-        """Return the spans of the file between jumps, from `first` to `last`, that together last this long."""
-        if not self.known:
-            return []
-        starts = [first, *(index for index in self.jumps if first < index <= last)]
-        places = [self.positions[index] - self.positions[first] for index in starts]
-        return [
-            Span(self.times[index], place, end - place, sum(jump <= index for jump in self.jumps))
-            for index, place, end in zip(starts, places, [*places[1:], seconds], strict=True)
-        ]
+    def recordings(self) -> list[Recording]:
+        """Return where each stretch between jumps begins, in the file and without jumps."""
+        return [Recording(self.times[index], self.positions[index]) for index in [0, *self.jumps]]
+
+
+def _filled(times: list[float | None], usual: float) -> list[float]:
+    """Return the time stamps with missing ones at the usual distance from the one before, or from the one after."""
+    known = next((index for index, time in enumerate(times) if time is not None), 0)
+    filled = [(times[known] or 0.0) - (known - index) * usual for index in range(known + 1)]
+    for time in times[known + 1 :]:
+        filled.append(filled[-1] + usual if time is None else time)
+    return filled

@@ -73,7 +73,7 @@ def write(
         if sound is not None:
             samples, hertz = sound
             audio = container.add_stream("pcm_s16le" if path.suffix in (".mkv", ".avi", ".mov") else "aac", rate=hertz)
-            audio.layout = "mono" if len(samples) == 1 else "stereo"
+            audio.layout = {1: "mono", 2: "stereo", 6: "5.1", 8: "7.1"}[len(samples)]
         format = "rgba64le" if images.shape[-1] == 4 else "rgb48le"
         for index, image in enumerate(images):
             pixels = (image * 65535).round().numpy().astype(np.uint16)
@@ -85,7 +85,8 @@ def write(
         container.mux(stream.encode())
         if audio is not None:
             layout = audio.layout.name
-            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples, dtype=np.float32), "fltp", layout)
+            interleaved = np.ascontiguousarray(samples.T, dtype=np.float32).reshape(1, -1)
+            frame = av.AudioFrame.from_ndarray(interleaved, "flt", layout)
             frame.rate, frame.pts, frame.time_base = hertz, 0, Fraction(1, hertz)
             resampler = av.AudioResampler(audio.format.name, layout, hertz, frame_size=audio.frame_size or 1024)
             for piece in [*resampler.resample(frame), *resampler.resample(None)]:

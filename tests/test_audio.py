@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from cove.audio import Audio, Span, read_audio
+from cove.audio import Audio, Recording, read_audio
 from cove.frames import fit_frames, read_frames
 from tests.clip_files import quarters, write
 
@@ -64,6 +64,14 @@ def test_containers_and_channels(tmp_path, channels, suffix):
     assert_close(loudness, expected.float(), atol=0.02, rtol=0)
 
 
+@pytest.mark.parametrize("channels", [6, 8])
+def test_surround(tmp_path, channels):
+    """PyAV's own conversion of planar samples ends the process at eight channels."""
+    sound = ramp(channels=channels)
+    read = read_frames(write(tmp_path / "a.mkv", quarters(FRAMES), "ffv1", rate=FPS, sound=(sound, RATE)))
+    assert_close(read.audio.samples, torch.from_numpy(sound).float(), atol=2e-3, rtol=0)
+
+
 def test_what_is_shorter_than_the_picture_ends_in_silence(tmp_path):
     path = write(tmp_path / "a.mkv", quarters(FRAMES), "ffv1", rate=FPS, sound=(ramp(1) + 0.05, RATE))
     samples = read_frames(path).audio.samples
@@ -105,6 +113,70 @@ def test_where_times_jump_it_jumps_too(tmp_path, gap):
     assert part.square().mean().sqrt() * 2**0.5 == pytest.approx(0.6, abs=0.03)
 
 
+def paused(path, seconds):
+    """Frame 13 comes so many seconds late, but the sound goes on, as a screen recorder writes it."""
+    times = [1000 * index // FPS + (round(1000 * seconds) if index >= 13 else 0) for index in range(FRAMES)]
+    write(path, quarters(FRAMES), "ffv1", times=times, sound=(ramp(FRAMES / FPS + seconds), RATE))
+    return [time / 1000 for time in times]
+
+
+def test_a_short_pause_slows_the_whole_clip(tmp_path):
+    times = paused(tmp_path / "a.mkv", 2.5)
+    clip = read_frames(tmp_path / "a.mkv")
+    assert clip.fps == pytest.approx(22 / times[-1]) and any("not evenly spaced" in note for note in clip.notes)
+    heard = ramp(times[-1] + 0.1)
+    assert_close(clip.audio.samples[:, : heard.shape[1]], torch.from_numpy(heard).float(), atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("start", [0, 5, 13, 17])
+def test_a_long_pause_is_left_out(tmp_path, start):
+    """What is heard with a frame is what was heard at its time."""
+    times = paused(tmp_path / "a.mkv", 15)
+    clip = read_frames(tmp_path / "a.mkv", start)
+    assert clip.fps == pytest.approx(FPS) and any("jump at frame 13" in note for note in clip.notes)
+    for index in range(start, FRAMES):
+        heard = clip.audio.samples[0, round((index - start + 0.5) * RATE / FPS)].item()
+        assert heard == pytest.approx((times[index] + 0.05) / 17.3 * 0.9, abs=0.003)
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+@pytest.mark.parametrize("b_frames", [0, 2])
+def test_avi_has_no_times_of_display(tmp_path, codec, b_frames):
+    """FFmpeg guesses them late, and out of order."""
+    options = {"bf": str(b_frames), "g": "12"}
+    path = write(tmp_path / "a.avi", quarters(FRAMES), codec, rate=FPS, sound=(ramp(), RATE), options=options)
+    clip = read_frames(path, 3)
+    assert clip.fps == FPS and clip.notes == ()
+    assert_close(clip.audio.samples[0], torch.from_numpy(ramp()[0, 3 * RATE // FPS :]).float(), atol=0.01, rtol=0)
+
+
+def test_a_lost_piece_is_a_gap(tmp_path):
+    """What comes after 64 ms that are lost is heard when it should be."""
+    path = write(tmp_path / "a.mkv", quarters(FRAMES), "ffv1", rate=FPS, sound=(ramp(rate=48000) + 0.05, 48000))
+    with av.open(str(path)) as source, av.open(str(tmp_path / "b.mkv"), "w") as target:
+        streams = {stream: target.add_stream_from_template(stream) for stream in source.streams}
+        heard = 0
+        for packet in source.demux():
+            if packet.dts is None:
+                continue
+            heard += packet.stream.type == "audio"
+            if packet.stream.type == "video" or heard != 20:
+                packet.stream = streams[packet.stream]
+                target.mux(packet)
+    before, after = (read_frames(tmp_path / name).audio.samples[0] for name in ("a.mkv", "b.mkv"))
+    silent = after == 0
+    assert 0.015 * 48000 < silent.sum() < 0.03 * 48000
+    assert_close(after[~silent], before[~silent], atol=0.001, rtol=0)
+
+
+def test_sound_that_cannot_be_decoded_is_noted(tmp_path):
+    path = write(tmp_path / "a.mkv", quarters(3), "ffv1", sound=(ramp(), RATE))
+    path.write_bytes(path.read_bytes().replace(b"A_PCM/INT/LIT", b"A_XYZ/INT/LIT"))
+    clip = read_frames(path)
+    assert clip.audio is None and len(clip.images) == 3
+    assert any("sound is left out" in note for note in clip.notes)
+
+
 def test_broken_sound_is_passed_over(tmp_path):
     samples = np.sin(np.arange(96000) / 10)[None] * 0.5
     path = write(tmp_path / "a.ts", quarters(20), rate=FPS, sound=(samples, 48000), options={"bf": "0"})
@@ -119,10 +191,10 @@ def test_broken_sound_is_passed_over(tmp_path):
     assert_close(loud[[2, 17]], torch.full((2,), 0.5), atol=0.03, rtol=0)
 
 
-def test_spans_do_not_overwrite_one_another(clip):
-    spans = [Span(0.5, 0, 0.5, 0), Span(1.5, 0.5, 0.25, 0)]
+def test_recordings_do_not_overwrite_one_another(clip):
+    """Half a second of the file, then from 1.5 s on: what is between them belongs to neither."""
     with av.open(str(clip)) as container:
-        samples = read_audio(container, spans).samples
+        samples = read_audio(container, [Recording(0, -0.5), Recording(1.5, 0.5)], 0, 0.75, {}).samples
     line = torch.from_numpy(ramp()).float()
     expected = torch.cat([line[:, RATE // 2 : RATE], line[:, RATE * 3 // 2 : RATE * 7 // 4]], dim=1)
     assert_close(samples, expected, atol=1e-3, rtol=0)

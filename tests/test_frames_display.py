@@ -7,12 +7,14 @@ import av
 import numpy as np
 import pytest
 import torch
+from av.bitstream import BitStreamFilterContext
 from PIL import Image, ImageOps
 from torch.testing import assert_close
 
 from cove.encode import write_frames
 from cove.frames import read_frames
-from tests.clip_files import BLUE, GREEN, RED, colours, near, quarters, tagged, write
+from cove.timeline import Timeline
+from tests.clip_files import BLUE, GREEN, RED, colours, near, quarters, tagged, tone, write
 
 GREY = (20, 20, 20)
 UPRIGHT = [RED, GREEN, BLUE, GREY]
@@ -66,8 +68,20 @@ def test_orientations_of_images(tmp_path, suffix, orientation):
     image.save(tmp_path / f"0.{suffix}", exif=exif, **quality)
     with Image.open(tmp_path / f"0.{suffix}") as saved:
         expected = torch.from_numpy(np.array(ImageOps.exif_transpose(saved).convert("RGB"))) / 255
-    found = shown(tmp_path)[0]
-    assert found.shape == expected.shape and near(colours(found), colours(expected), 6)
+    for clip in (tmp_path, tmp_path / f"0.{suffix}"):
+        found = shown(clip)[0]
+        assert found.shape == expected.shape and near(colours(found), colours(expected), 6)
+
+
+def test_an_orientation_that_is_written_once_holds(tmp_path):
+    path = write(tmp_path / "a.h264", quarters(12), options={"g": "12", "bf": "0"})
+    with av.open(str(path)) as source:
+        turn = BitStreamFilterContext("h264_metadata=display_orientation=insert:rotate=90", source.streams.video[0])
+        packets = [bytes(turned) for packet in source.demux() if packet.size for turned in turn.filter(packet)]
+    path.write_bytes(b"".join(packets))
+    images = shown(path)
+    assert images.shape == (12, 96, 64, 3)
+    assert all(near([colours(image)[place] for place in (0, 2, 3)], [GREEN, RED, BLUE], 6) for image in images)
 
 
 # --- pixels that are not square ---
@@ -157,11 +171,27 @@ def test_primaries_of_phones_come_back(tmp_path):
     assert near(colours(shown(path)[0]), UPRIGHT, 2)
 
 
-def test_colours_that_cannot_be_converted_are_noted(tmp_path):
-    path = write(tmp_path / "a.mkv", quarters(2), "ffv1", "yuv444p", tags={"colorspace": 8})
+@pytest.mark.parametrize("matrix", [8, 10, 14])
+def test_colours_that_cannot_be_converted_are_noted(tmp_path, matrix):
+    path = write(tmp_path / "a.mkv", quarters(2), "ffv1", "yuv444p", tags={"colorspace": matrix})
     assert read_frames(path).notes == (
-        "a.mkv has colours that cannot be converted (matrix 8 of H.273); they may look wrong.",
+        f"a.mkv has colours that cannot be converted (matrix {matrix} of H.273); they may look wrong.",
     )
+
+
+def test_colours_that_change_are_followed(tmp_path):
+    """Two recordings, the second one in HLG: grey of half its signal is 203 nits, white for SDR."""
+    parts = []
+    for index, transfer in enumerate([1, 18]):
+        parts.append(tmp_path / f"{index}.ts")
+        tags = {"colorspace": 9, "color_primaries": 9, "color_trc": transfer}
+        write(parts[-1], torch.full((6, 64, 96, 3), 0.5), tags=tags, options={"bf": "2", "qp": "1"})
+    (tmp_path / "a.ts").write_bytes(b"".join(part.read_bytes() for part in parts))
+    both, one, other = (shown(tmp_path / name) for name in ("a.ts", "0.ts", "1.ts"))
+    if not hasattr(av.VideoFrame, "color_trc"):
+        pytest.skip("this PyAV knows the colours of the stream only")
+    assert (one[0] - other[0]).abs().max() > 0.05
+    assert_close(both, torch.cat([one, other]), atol=0.01, rtol=0)
 
 
 @pytest.mark.parametrize("curve", ["hlg", "pq"])
@@ -249,6 +279,16 @@ def test_what_is_transparent_shows_black(tmp_path, name, codec, pix_fmt):
     assert ((edge - shows * BLUE[0] / 255).abs() < most).all() and ((0.2 < shows) & (shows < 0.8)).any()
 
 
+@pytest.mark.parametrize("codec", ["libvpx", "libvpx-vp9"])
+def test_colour_tags_of_what_is_transparent(tmp_path, codec):
+    """The tags of VP8 stand in the container only, and its alpha needs another decoder."""
+    options = {"auto-alt-ref": "0"}
+    path = write(
+        tmp_path / "a.webm", with_alpha(), codec, "yuva420p", matrix="bt709", tags={"colorspace": 1}, options=options
+    )
+    assert near(colours(shown(path)[0])[2:], [BLUE, GREY], 6)
+
+
 def test_images_with_alpha(tmp_path):
     for index, image in enumerate(with_alpha()):
         Image.fromarray((image * 255).round().byte().numpy()).save(tmp_path / f"{index}.png")
@@ -286,6 +326,16 @@ def test_the_default_stream_is_shown(tmp_path, default):
     assert shown(path).shape == [(3, 16, 32, 3), (3, 64, 96, 3)][default]
 
 
+@pytest.mark.parametrize(("name", "codec", "tag", "other"), [
+    ("a.mp4", "libx264", b"avc1", b"zzz1"), ("a.mkv", "ffv1", b"V_FFV1", b"V_XXXX"),
+])  # fmt: skip
+def test_a_codec_that_nobody_knows(tmp_path, name, codec, tag, other):
+    path = write(tmp_path / name, quarters(3), codec)
+    path.write_bytes(path.read_bytes().replace(tag, other))
+    with pytest.raises(ValueError, match=r"a\.mp4|a\.mkv has a codec that FFmpeg cannot decode"):
+        read_frames(path)
+
+
 # --- animated images ---
 
 
@@ -302,6 +352,13 @@ def test_animated_images(tmp_path, suffix):
     assert len(read_frames(path, start=1, count=2, stride=2).images) == 2
     with pytest.raises(ValueError, match=f"a.{suffix} has 5 frames"):
         read_frames(path, count=6)
+
+
+@pytest.mark.parametrize("duration", [40, 80, 500])
+def test_two_frames_tell_a_rate(tmp_path, duration):
+    images = [Image.fromarray((image * 255).round().byte().numpy()) for image in quarters(2)]
+    images[0].save(tmp_path / "a.webp", save_all=True, append_images=images[1:], duration=duration, lossless=True)
+    assert read_frames(tmp_path / "a.webp").fps == pytest.approx(1000 / duration)
 
 
 def test_a_broken_animated_webp_is_named(tmp_path):
@@ -364,13 +421,42 @@ def test_what_is_broken_in_the_middle_is_passed_over(tmp_path, name, codec, pix_
         assert len(clip.images) < 24 and any("frames before the damage could be decoded" in note for note in clip.notes)
 
 
-@pytest.mark.parametrize(("name", "options"), [("a.mp4", {"movflags": "faststart"}), ("a.avi", {}), ("a.mkv", {})])
+@pytest.mark.parametrize("value", [b"2.000000000", b"N/A", b"00:00:xx.0"])
+def test_a_duration_that_is_none(tmp_path, value):
+    """Matroska's is a text."""
+    path = write(tmp_path / "a.mkv", quarters(24), "ffv1")
+    data = bytearray(path.read_bytes())
+    place = data.rindex(b"00:00:02.0")
+    data[place : place + 18] = value.ljust(18)
+    path.write_bytes(data)
+    clip = read_frames(path)
+    assert len(clip.images) == 24 and clip.notes == ()
+
+
+def test_frames_after_a_damaged_one_are_kept(tmp_path):
+    """HEVC's decoder drops everything up to the next key frame, here the end, if it is not asked for."""
+    options = {"x265-params": "log-level=0:keyint=999:bframes=0"}
+    path = write(tmp_path / "a.ts", torch.rand(24, 64, 96, 3), "libx265", options=options)
+    data = bytearray(path.read_bytes())
+    for packet in range(len(data) // 3 // 188, len(data) // 3 // 188 + 15):
+        data[packet * 188 + 40 : packet * 188 + 180] = bytes(140)
+    path.write_bytes(data)
+    clip = read_frames(path)
+    assert len(clip.images) >= 20 and any("damaged" in note for note in clip.notes)
+
+
+@pytest.mark.parametrize(("name", "options"), [
+    ("a.mp4", {"movflags": "faststart"}), ("a.avi", {}), ("a.mkv", {}), ("a.flv", {}),
+])  # fmt: skip
 def test_a_file_that_is_cut_short_says_so(tmp_path, name, options):
-    path = write(tmp_path / name, torch.rand(24, 64, 96, 3), options={"bf": "0"}, container_options=options)
+    sound = (tone(2, 44100), 44100) if name == "a.flv" else None
+    path = write(
+        tmp_path / name, torch.rand(24, 64, 96, 3), sound=sound, options={"bf": "0"}, container_options=options
+    )
     whole = read_frames(path)
     assert len(whole.images) == 24 and not whole.notes
     data = path.read_bytes()
-    path.write_bytes(data[: len(data) * 3 // 4])
+    path.write_bytes(data[: len(data) * 5 // 8])
     clip = read_frames(path)
     assert 12 <= len(clip.images) < 24
     said = f"has {len(clip.images)} frames"
@@ -409,6 +495,33 @@ def test_a_slide_show_does_not_jump(tmp_path):
     times = [0, 15_000, 40_000, 55_000, 70_000]
     clip = read_frames(write(tmp_path / "a.mkv", quarters(5), "ffv1", times=times))
     assert clip.fps == pytest.approx(4 / 70) and not clip.notes
+
+
+@pytest.mark.parametrize(("times", "joined", "jumps", "positions"), [
+    ([0, 0.1, 0.3, 0.2, 0.4], False, [], [0, 0.1, 0.2, 0.3, 0.4]),  # AVI with frames out of order
+    ([0, 0.1, 0.1, 0.2], False, [], [0, 0.1, 0.1, 0.2]),  # one stamp twice
+    ([0, 0.1, 0.1, 0.2], True, [], [0, 0.1, 0.1, 0.2]),
+    ([None, None, 0.2, 0.3], False, [], [0, 0.1, 0.2, 0.3]),
+    ([1, None, 1.2, 1.3], True, [], [0, 0.1, 0.2, 0.3]),
+    ([None, None, None], False, [], [0, 0.1, 0.2]),
+    ([0, 0.1, 0.2, 4.2, 4.3], True, [3], [0, 0.1, 0.2, 0.3, 0.4]),
+    ([0, 0.1, 0.2, 4.2, 4.3], False, [], [0, 0.1, 0.2, 4.2, 4.3]),  # a pause
+    ([0, 0.1, 0.2, 30, 30.1], False, [3], [0, 0.1, 0.2, 0.3, 0.4]),
+    ([5, 5.1, 5.2, 5, 5.1, 1, 1.1], True, [3, 5], [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]),
+])  # fmt: skip
+def test_where_time_jumps(times, joined, jumps, positions):
+    timeline = Timeline(times, usual=0.1, joined=joined)
+    assert timeline.jumps == jumps and timeline.positions == pytest.approx(positions)
+
+
+@pytest.mark.parametrize("frames", [3, 30, 714])
+@pytest.mark.parametrize("rate", [11.9, 12, 12.01])
+def test_an_announced_rate_does_not_drift(frames, rate):
+    """12 is announced; over a minute that is half a second too early for 11.9."""
+    times = [round(index / rate, 3) for index in range(frames)]
+    found = Timeline(times, 1 / 12).frame_rate(0, frames - 1, 1, [12], 0.001)
+    assert abs((frames - 1) / found - times[-1]) <= 0.052
+    assert rate != 12 or found == 12
 
 
 def test_what_was_written_is_read_without_a_word(tmp_path):
