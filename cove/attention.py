@@ -28,7 +28,7 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
 def spatial_temporal_attention(
     query: Tensor, key: Tensor, value: Tensor, frames: int, heads: int, attend: Callable[..., Tensor] = sdpa
 ) -> Tensor:
-    """Self-attention in which every token sees all tokens of all frames. COVE, section 3.3; Tune-A-Video.
+    """Compute self-attention in which every token attends to all tokens of all frames. COVE, section 3.3; Tune-A-Video.
 
     Args:
         query, key, value: projected tokens of whole clips, [batch*frames, tokens, channels], the frames of a clip
@@ -54,8 +54,8 @@ def correspondence_attention(
     """Let each token attend to its own matches in the other frames, merged. COVE, section 3.3, Eq. 11-14.
 
     Queries, keys and values are the tokens themselves (Q = z, K = V = merged matches), split in heads. The set of a
-    token is ordered by frame, then best match first, and merged by bipartite soft matching. Tokens are taken a chunk
-    at a time, as many as fit the memory budget: the gathered sets of all tokens never exist at once.
+    token is ordered by frame, then best match first, and merged by bipartite soft matching. Tokens are processed in
+    chunks that fit the memory budget, so that the gathered sets of all tokens never exist at once.
 
     Args:
         tokens: the output of the spatial-temporal attention, [batch, frames, height*width, channels], any float dtype.
@@ -75,11 +75,11 @@ def correspondence_attention(
     batch, frames, count, channels = tokens.shape
     frame_indices = list(range(correspondence.frames) if frame_indices is None else frame_indices)
     if len(frame_indices) != frames or len(set(frame_indices)) != frames:
-        raise ValueError(f"{frames} frames came, but frames {frame_indices} of the correspondence were named")
+        raise ValueError(f"got {frames} frames, but frame_indices names {frame_indices}")
     if count != correspondence.height * correspondence.width:
         raise ValueError(
-            f"{count} tokens a frame came, but the correspondence is of a grid of "
-            f"{correspondence.height}x{correspondence.width}"
+            f"expected {correspondence.height}x{correspondence.width} tokens per frame, as in the correspondence, got "
+            f"{count}"
         )
     if channels % heads:
         raise ValueError(f"{channels} channels cannot be split into {heads} heads")
@@ -114,7 +114,7 @@ def correspondence_attention(
 def _member_rows(
     correspondence: Correspondence, clip_frames: Sequence[int], place: int, include_self: bool, first_rows: Tensor
 ) -> Tensor:
-    """The set of every token of one frame as rows of [frames*height*width, channels]: Eq. 11.
+    """Return the attention set of every token of one frame as rows of [frames*height*width, channels]: Eq. 11.
 
     Args:
         clip_frames: the frames of the clip that the tokens are, ascending.
@@ -132,7 +132,7 @@ def _member_rows(
 
 
 def _merged(members: Tensor, inverse_norm: Tensor, removed: int) -> Tensor:
-    """Sets in the order A, B, [queries, members, channels], with `removed` tokens of A averaged into B. Eq. 12.
+    """Average `removed` tokens of A into B in sets ordered A, B, [queries, members, channels]. Eq. 12.
 
     The same as `merge_tokens`, for sets whose norms are known: normalised copies of the sets would cost more than all
     the rest.
@@ -146,7 +146,7 @@ def _merged(members: Tensor, inverse_norm: Tensor, removed: int) -> Tensor:
 
 
 def _bytes_per_token(members: int, channels: int, heads: int, removed: int, element: int) -> int:
-    """Working memory of one query and its set, in bytes."""
+    """Return the working memory of one query and its set, in bytes."""
     left = members - removed
     gathered = members * channels * element
     converted = members * channels * 4 if removed and element < 4 else 0

@@ -1,4 +1,4 @@
-"""Which token of one frame is which token of another: sliding-window top-K matches, followed through time.
+"""Correspondence between the tokens of frames: sliding-window top-K matches, followed through time.
 
 COVE (arXiv 2406.08850), section 3.2, "Sliding-window Strategy", Eq. 7-10.
 """
@@ -64,7 +64,7 @@ class Correspondence:
         return self.forward.shape[2]
 
     def follow(self, frame: int, others: Sequence[int]) -> Tensor:
-        """The `k` matches, in each frame of `others`, of every token of `frame`.
+        """Return the `k` matches of every token of `frame` in each frame of `others`.
 
         The best match is followed from frame to frame, forwards or backwards; the matches in a frame are those of the
         token followed to its neighbour. COVE, Eq. 9. Refined ones are looked up in `pairs`.
@@ -98,7 +98,7 @@ class Correspondence:
         return found
 
     def crop(self, top: int, left: int, height: int, width: int) -> Correspondence:
-        """The same matches on a rectangle of the grid; a match outside it becomes the nearest token inside."""
+        """Crop the matches to a rectangle of the grid; a match outside it becomes the nearest token inside."""
         if not (0 <= top and top + height <= self.height and 0 <= left and left + width <= self.width):
             raise ValueError(
                 f"rectangle {height}x{width} at row {top}, column {left} leaves the grid of {self.height}x{self.width}"
@@ -111,7 +111,7 @@ class Correspondence:
         return Correspondence(cropped(self.forward), cropped(self.backward), height, width, self.window, pairs)
 
     def to(self, device: torch.device | str) -> Correspondence:
-        """The same on another device."""
+        """Return a copy on another device."""
         if self.forward.device == torch.device(device):
             return self
         moved = {name: matches.to(device) for name, matches in self._matches().items()}
@@ -129,7 +129,7 @@ class Correspondence:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Correspondence:
-        """Read what `save` wrote. ValueError when the file is something else or damaged."""
+        """Read a file of `save`; ValueError if the file is something else or damaged."""
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
@@ -150,7 +150,7 @@ class Correspondence:
 
 
 def crop_matches(matches: Tensor, grid: tuple[int, int], top: int, left: int, height: int, width: int) -> Tensor:
-    """Matches between grids of tokens, [n, height*width, k], on a rectangle; outside becomes the nearest inside."""
+    """Crop matches between token grids, [n, height*width, k], to a rectangle; outside becomes the nearest inside."""
     inside = matches.unflatten(1, grid)[:, top : top + height, left : left + width]
     rows = (inside // grid[1] - top).clamp(0, height - 1)
     columns = (inside % grid[1] - left).clamp(0, width - 1)
@@ -158,7 +158,7 @@ def crop_matches(matches: Tensor, grid: tuple[int, int], top: int, left: int, he
 
 
 def check_window(window: int, k: int, height: int, width: int) -> None:
-    """ValueError unless `window` is odd and every window, clipped at the border, holds `k` tokens."""
+    """Raise ValueError unless `window` is odd and every window, clipped at the border, holds `k` tokens."""
     if window < 1 or window % 2 == 0:
         raise ValueError(f"window must be odd and positive, so that it has a centre; got {window}")
     reach = window // 2 + 1  # what is left of one side of the window in a corner
@@ -173,7 +173,7 @@ def check_window(window: int, k: int, height: int, width: int) -> None:
 def find_correspondence(
     features: Tensor, window: int = 9, k: int = 3, progress: Callable[[int, int], None] | None = None
 ) -> Correspondence:
-    """For every token, the `k` most similar tokens of the next and of the previous frame near the same place.
+    """Find, for every token, the `k` most similar tokens near the same position in the next and the previous frame.
 
     Similarity is cosine. Only the `window` x `window` tokens centred on the same position are compared, clipped at
     the border. Among equals the nearer token comes first, so that a plain area does not seem to move. COVE
@@ -209,7 +209,7 @@ ROWS_BYTES = 4 << 20
 
 
 def _match(source: Tensor, target: Tensor, window: int, k: int) -> Tensor:
-    """The `k` best tokens of `target` for each of `source`, unit vectors [height, width, channels].
+    """Return the `k` best tokens of `target` for each of `source`, unit vectors [height, width, channels].
 
     Returns:
         Flat row-major indices, best first, int32 [height*width, k].
@@ -230,7 +230,7 @@ def _match(source: Tensor, target: Tensor, window: int, k: int) -> Tensor:
 
 
 def first_best(similarity: Tensor, k: int) -> Tensor:
-    """Positions of the `k` largest values of the last axis, the earlier first among equals; `similarity` is used up.
+    """Return the positions of the `k` largest values of the last axis, ties by position; overwrites `similarity`.
 
     A stable sort would say the same; for the few values wanted here this is several times faster.
     """
@@ -242,7 +242,7 @@ def first_best(similarity: Tensor, k: int) -> Tensor:
 
 
 def _window_similarity(source: Tensor, target: Tensor, top: int, window: int) -> Tensor:
-    """Cosine similarity of some rows of tokens with the windows around them, -inf outside the frame.
+    """Return the cosine similarity of some rows of tokens with the windows around them, -inf outside the frame.
 
     Args:
         source: unit vectors, [rows, width, channels], rows `top`, `top` + 1, ... of their frame.
@@ -269,7 +269,7 @@ def _window_similarity(source: Tensor, target: Tensor, top: int, window: int) ->
 
 
 def nearest_first(window: int, device: torch.device) -> Tensor:
-    """The offsets (dy, dx) of a window, from its centre outwards, int64 [window*window, 2]."""
+    """Return the offsets (dy, dx) of a window, from its centre outwards, int64 [window*window, 2]."""
     side = torch.arange(window, device=device) - window // 2
     offsets = torch.cartesian_prod(side, side)
     return offsets[offsets.square().sum(1).sort(stable=True).indices]

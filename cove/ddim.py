@@ -7,45 +7,14 @@ k-diffusion and ComfyUI. COVE (arXiv 2406.08850), section 3.1, Eq. 3, where `sqr
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-TRAIN_TIMESTEPS = 1000
-MOST_STEPS = TRAIN_TIMESTEPS - 1  # grids begin at timestep 1, and the last timestep is 999
-
-
-def sampling_timesteps(steps: int) -> list[int]:
-    """Timesteps 1, 1 + d, 1 + 2d, ... with d = floor(1000 / steps), ascending: for 50 steps 1, 21, ..., 981."""
-    if not 1 <= steps <= MOST_STEPS:
-        raise ValueError(f"steps must be from 1 to {MOST_STEPS}, got {steps}")
-    return [1 + i * (TRAIN_TIMESTEPS // steps) for i in range(steps)]
-
-
-def inversion_timesteps(steps: int, sampling_steps: int) -> list[int]:
-    """The grid of `steps` as far as sampling with `sampling_steps` starts: for 100 and 50 it is 1, 11, ..., 981.
-
-    ValueError when the finer grid does not pass through all of the other.
-    """
-    grid, wanted = sampling_timesteps(steps), sampling_timesteps(sampling_steps)
-    missed = set(wanted) - set(grid)
-    if missed:
-        meeting = [n for n in range(1, MOST_STEPS + 1) if set(wanted) <= set(sampling_timesteps(n))]
-        nearest = sorted(sorted(meeting, key=lambda n: abs(n - steps))[:3])
-        raise ValueError(
-            f"{steps} inversion steps (timesteps {_spell(grid)}) miss {len(missed)} of the timesteps of "
-            f"{sampling_steps} sampling steps ({_spell(wanted)}). "
-            f"Numbers of inversion steps near it that miss none: {_spell(nearest)}."
-        )
-    return grid[: grid.index(wanted[-1]) + 1]
-
-
-def _spell(grid: list[int]) -> str:
-    return ", ".join(map(str, grid if len(grid) < 5 else [*grid[:2], "...", grid[-1]]))
+MAX_MIXING = 1.0  # weight of the previous iterate: without a limit, two residuals that are almost equal extrapolate far
 
 
 def step(x: Tensor, direction: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
@@ -69,10 +38,14 @@ def sample(
         x: noise at sigmas[0], [frames, ...].
         sigmas: descending to 0, [steps + 1].
         callback: called before each step with x, i, sigma and denoised.
-        disable: taken for the signature's sake; progress is the callback's.
+        disable: part of the signature; progress is reported by the callback.
 
     Returns:
-        x at sigmas[-1]. FloatingPointError at the first step that gives NaN or Inf.
+        x at sigmas[-1].
+
+    Raises:
+        ValueError: sigmas do not descend.
+        FloatingPointError: a step gave NaN or Inf.
     """
     extra_args = extra_args or {}
     if not (sigmas[:-1] > sigmas[1:]).all():
@@ -86,7 +59,25 @@ def sample(
     return x
 
 
-@torch.no_grad()
+class InversionStep(NamedTuple):
+    """One finished step of an inversion.
+
+    i: number of the step, from 0.
+    sigma: where it ended, sigmas[i + 1].
+    x: latents at that sigma.
+    denoised: the model's last answer.
+    residual: by how much a sampling step back misses, as a share of the norm of x; measured at the last guess.
+    stopped: whether refining stopped because it made the residual grow.
+    """
+
+    i: int
+    sigma: Tensor
+    x: Tensor
+    denoised: Tensor
+    residual: float
+    stopped: bool
+
+
 def invert(
     model: Callable[..., Tensor],
     x: Tensor,
@@ -95,32 +86,57 @@ def invert(
     extra_args: dict[str, Any] | None = None,
     callback: Callable[[dict], None] | None = None,
     disable: bool | None = None,
-    done: int = 0,
 ) -> Tensor:
-    """DDIM inversion: the noise that DDIM sampling turns into `x`, in k-diffusion's signature.
+    """DDIM inversion in k-diffusion's signature: the noise from which DDIM sampling returns `x`.
 
-    The step that sampling takes from sigma_b to sigma_a uses the model at (x_b, sigma_b). Inverting it, x_b is not
-    known: the first guess is x_a, scaled to the size that the model sees at sigma_a (what diffusers'
-    DDIMInverseScheduler does), and each refinement puts the x_b found in its place (fixed-point iteration; Pan et al.,
-    arXiv 2309.04907). A refinement is one more call of the model a step.
+    `inversion_steps` describes the method and the arguments.
 
-    Where refining makes the residual grow, the step ends with the guess that had the smallest.
+    Args:
+        callback: called after each step with x, i, sigma, denoised, residual and stopped.
+        disable: part of the signature; progress is reported by the callback.
+
+    Returns:
+        x at sigmas[-1].
+    """
+    for taken in inversion_steps(model, x, sigmas, refinements, extra_args):
+        x = taken.x
+        if callback is not None:
+            callback(taken._asdict())
+    return x
+
+
+@torch.no_grad()
+def inversion_steps(
+    model: Callable[..., Tensor],
+    x: Tensor,
+    sigmas: Tensor,
+    refinements: int = 1,
+    extra_args: dict[str, Any] | None = None,
+    done: int = 0,
+    before: Tensor | None = None,
+    extrapolate: bool = True,
+) -> Iterator[InversionStep]:
+    """Yield the steps of a DDIM inversion.
+
+    The sampling step from sigma_b to sigma_a evaluates the model at (x_b, sigma_b). Its inverse is a fixed point:
+    x_b = x_a + (sigma_b - sigma_a) * direction(x_b, sigma_b). The first guess of x_b goes on in the direction of the
+    step before, which is exact to first order and costs nothing. Each refinement evaluates the model once more, at what
+    the last evaluation gave, and mixes both by Anderson acceleration of depth 1 (Pan et al., arXiv 2309.04907). A
+    refinement that increases the residual is rejected: the step then ends with the guess of the smallest residual.
 
     Args:
         model: model(x, sigma of each sample, **extra_args) -> denoised x.
-        x: clean latents, [frames, ...]; or those at sigmas[done], to go on with an inversion that was broken off.
+        x: clean latents, [frames, ...]; or those at sigmas[done], to resume.
         sigmas: ascending from 0, [steps + 1].
-        refinements: fixed-point iterations a step; 0 is diffusers' one-shot inversion.
-        callback: called after each step with x, i, sigma, denoised, and
-            guess: where the model gave the answer that x rests on; where the residual grew, x itself;
-            residual: by how much the last refinement changed x, as a share of its norm; where the residual grew, by
-            how much sampling a step back from x misses (NaN without refinements);
-            grew: whether the residual grew, so that refining stopped.
-        disable: taken for the signature's sake; progress is the callback's.
-        done: steps taken before.
+        refinements: further evaluations of the model in each step.
+        done: number of steps taken before.
+        before: latents at sigmas[done - 1], if `done` is not 0.
+        extrapolate: False: the first guess is x scaled by the model's input scaling, as in diffusers'
+            DDIMInverseScheduler. The first step always starts so.
 
-    Returns:
-        x at sigmas[-1]. FloatingPointError at the first step that gives NaN or Inf.
+    Raises:
+        ValueError: sigmas do not ascend, or refinements are negative.
+        FloatingPointError: a step gave NaN or Inf.
     """
     extra_args = extra_args or {}
     if refinements < 0:
@@ -128,34 +144,55 @@ def invert(
     if not (sigmas[:-1] < sigmas[1:]).all():
         raise ValueError(f"sigmas must ascend to invert, got {sigmas.tolist()}")
     for i in range(done, len(sigmas) - 1):
-        refine = partial(_refine, model, x, sigmas, i, extra_args)
-        guess = x * ((1 + sigmas[i + 1] ** 2) / (1 + sigmas[i] ** 2)).sqrt()
-        inverted, denoised, miss = refine(guess)
-        grew = False
-        for _ in range(refinements):
-            refined, denoised_there, miss_there = refine(inverted)
-            grew = miss_there > miss
-            if grew:
-                inverted = guess
-                break
-            guess, inverted, denoised, miss = inverted, refined, denoised_there, miss_there
-        x = inverted
-        residual = miss / (float(x.norm()) or 1.0) if refinements else math.nan
-        if callback is not None:
-            found = {"guess": guess, "residual": residual, "grew": grew}
-            callback({"x": x, "i": i, "sigma": sigmas[i + 1], "denoised": denoised, **found})
-    return x
+        sigma, sigma_next = sigmas[i], sigmas[i + 1]
+        if extrapolate and before is not None:
+            guess = step(x, (x - before) / (sigma - sigmas[i - 1]), sigma, sigma_next)
+        else:
+            guess = x * ((1 + sigma_next**2) / (1 + sigma**2)).sqrt()
+        found, best, stopped = _solve(partial(_evaluate, model, x, sigmas, i, extra_args), guess, refinements)
+        before, x = x, found
+        yield InversionStep(i, sigma_next, x, best.denoised, best.miss / (float(x.norm()) or 1.0), stopped)
 
 
-def _refine(
+class _Iterate(NamedTuple):
+    """One evaluation of a fixed-point equation. miss: norm of result - guess."""
+
+    guess: Tensor
+    result: Tensor
+    denoised: Tensor
+    miss: float
+
+
+def _evaluate(
     model: Callable[..., Tensor], x: Tensor, sigmas: Tensor, i: int, extra_args: dict[str, Any], guess: Tensor
-) -> tuple[Tensor, Tensor, float]:
-    """What x at sigmas[i] becomes by the model's answer at `guess`; that answer; how far the guess is from it."""
+) -> _Iterate:
+    """Return what x at sigmas[i] becomes at sigmas[i + 1] by the model's answer at `guess`."""
     sigma, sigma_next = sigmas[i], sigmas[i + 1]
     denoised = model(guess, sigma_next.expand(len(x)), **extra_args)
-    refined = step(x, (guess - denoised) / sigma_next, sigma, sigma_next)
-    _check_finite(refined, "inversion", i, len(sigmas) - 1, sigma_next)
-    return refined, denoised, float((refined - guess).norm())
+    result = step(x, (guess - denoised) / sigma_next, sigma, sigma_next)
+    _check_finite(result, "inversion", i, len(sigmas) - 1, sigma_next)
+    return _Iterate(guess, result, denoised, float((result - guess).norm()))
+
+
+def _solve(evaluate: Callable[[Tensor], _Iterate], guess: Tensor, refinements: int) -> tuple[Tensor, _Iterate, bool]:
+    """Return the fixed point of `evaluate`, the iterate of the smallest miss, and whether refining stopped early."""
+    best = evaluate(guess)
+    candidate = best.result
+    for _ in range(refinements):
+        refined = evaluate(candidate)
+        if refined.miss > best.miss:
+            return best.guess, best, True
+        best, candidate = refined, _mix(best, refined)
+    return candidate, best, False
+
+
+def _mix(first: _Iterate, second: _Iterate) -> Tensor:
+    """Anderson acceleration of depth 1, for each frame: the combination of both with the smallest linearised miss."""
+    residual = (second.result - second.guess).flatten(1).float()
+    change = residual - (first.result - first.guess).flatten(1).float()
+    weight = (residual * change).sum(1) / change.square().sum(1).clamp_min(torch.finfo(change.dtype).tiny)
+    weight = weight.clamp(-MAX_MIXING, MAX_MIXING).view(-1, *[1] * (second.result.ndim - 1))
+    return second.result - weight.to(second.result) * (second.result - first.result)
 
 
 def _check_finite(x: Tensor, what: str, i: int, steps: int, sigma: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Matches, tracks and heat drawn on frames, so that a person can see what the correspondence says.
+"""Matches and tracks drawn on frames, to inspect a correspondence.
 
 Images are [frames, height, width, 3] float in 0..1 and are never changed in place. Places are (x, y) in pixels from the
 upper left corner of the picture, so the centre of the first pixel is (0.5, 0.5).
@@ -31,7 +31,7 @@ RING = 1.5  # radius of the ring around a disc, in disc radii
 
 
 def draw_matches(images: Tensor, correspondence: Correspondence, points: Sequence[Point], frame: int = 0) -> Tensor:
-    """The matches of some points of one frame, marked as discs in every frame.
+    """Mark the matches of some points of one frame as discs in every frame.
 
     As in COVE (arXiv 2406.08850), "Visualization of the correspondence in long videos": the point itself is red in its
     own frame; in every other frame its best match is yellow, the second green, the third blue, and further ones are
@@ -61,7 +61,7 @@ def draw_matches(images: Tensor, correspondence: Correspondence, points: Sequenc
 def draw_tracks(
     images: Tensor, correspondence: Correspondence, points: Sequence[Point], frame: int = 0, tail: int = 0
 ) -> Tensor:
-    """The best match of each point followed through time: a disc where it is, a line where it has been.
+    """Draw the best match of each point through time: a disc at its position, a line through the previous ones.
 
     Args:
         images, points, frame: as in `draw_matches`.
@@ -85,31 +85,8 @@ def draw_tracks(
     return images
 
 
-def draw_heat(images: Tensor, heat: Tensor, opacity: float = 0.6) -> Tensor:
-    """A map of numbers laid over the frames: dark blue where it is 0, through red, to light yellow where it is 1.
-
-    Args:
-        images: [frames, height, width, 3].
-        heat: [frames, rows, columns], any size, 0..1 (clamped), spread bilinearly over the picture.
-        opacity: share of the heat in the result; more hides more of the picture.
-
-    Returns:
-        [frames, height, width, 3], a drawn copy.
-    """
-    _check_images(images)
-    if heat.ndim != 3 or len(heat) != len(images):
-        raise ValueError(
-            f"The heat is {list(heat.shape)}; expected [frames, rows, columns] with the images' {len(images)} frames."
-        )
-    heat = F.interpolate(heat[:, None].float(), images.shape[1:3], mode="bilinear")[:, 0].to(images).clamp(0, 1)
-    ramp = images.new_tensor([(0.0, 0.0, 0.3), (0.5, 0.0, 0.5), (1.0, 0.2, 0.1), (1.0, 0.7, 0.0), (1.0, 1.0, 0.7)])
-    place = heat * (len(ramp) - 1)
-    below = place.long().clamp(max=len(ramp) - 2)
-    return torch.lerp(images, torch.lerp(ramp[below], ramp[below + 1], (place - below)[..., None]), opacity)
-
-
 def contact_sheet(images: Tensor, columns: int = 0) -> Tensor:
-    """All frames on one picture, row by row; places left over stay black.
+    """Arrange all frames on one picture, row by row; cells left over stay black.
 
     Args:
         images: [frames, height, width, 3].
@@ -127,13 +104,13 @@ def contact_sheet(images: Tensor, columns: int = 0) -> Tensor:
 
 
 def grid_points(height: int, width: int, side: int = 3) -> list[Point]:
-    """The centres of `side` x `side` equal fields of a picture, row by row, as (x, y) in pixels."""
+    """Return the centres of `side` x `side` equal fields of a picture, row by row, as (x, y) in pixels."""
     steps = [(step + 0.5) / side for step in range(side)]
     return [(x * width, y * height) for y in steps for x in steps]
 
 
 def _tokens(images: Tensor, correspondence: Correspondence, points: Sequence[Point], frame: int) -> list[int]:
-    """The flat index of the token each point lies in, after checking that everything belongs together."""
+    """Return the flat index of the token that contains each point, after checking the inputs."""
     _check_images(images)
     frames, height, width, _ = images.shape
     if frames != correspondence.frames:
@@ -183,7 +160,7 @@ def _draw_disc(image: Tensor, place: Point, radius: float, color: Color, ring: C
 
 
 def _draw_line(image: Tensor, a: Point, b: Point, radius: float, color: Color) -> None:
-    """Paints all pixels within `radius` of the stretch from a to b into `image` [height, width, 3], in place.
+    """Paint all pixels within `radius` of the segment from a to b into `image` [height, width, 3], in place.
 
     A pixel is covered by how far its centre is inside, which runs from 0 to 1 over one pixel: an antialiased edge. A
     stretch of no length is a disc.

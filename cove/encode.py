@@ -1,4 +1,4 @@
-"""Frames in torch as a video file."""
+"""Encoding of frames as a video file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .frames import Progress
 
 
 def write_frames(path: str | os.PathLike, images: Tensor, fps: float, progress: Progress | None = None) -> None:
-    """Writes an H.264 mp4 that plays everywhere (yuv420p, BT.709, index in front), whole or not at all.
+    """Write an H.264 mp4 that plays everywhere (yuv420p, BT.709, index in front), atomically.
 
     The file grows under a temporary name in the same folder and takes its own name when it is complete. After an error
     or an interrupt the temporary file is gone and a file that had the name before is as it was.

@@ -1,4 +1,4 @@
-"""What a diffusion feature is: the noise level, the average over draws, the token grid, the picture.
+"""Diffusion features: noise level, average over draws, token grid, picture.
 
 COVE (arXiv 2406.08850), section 3.2, Eq. 4; DIFT (arXiv 2306.03881). Where in a UNet the feature is taken is the
 host's business (`nodes/_host/model.py`).
@@ -24,7 +24,7 @@ def diffusion_features(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Unit-length features of each frame after noise of one timestep was added to it. Eq. 4.
+    """Compute unit-length features of each frame with noise of one timestep added. Eq. 4.
 
     Every frame and every draw gets noise of its own: noise shared between frames would be matched instead of them.
     The noise is drawn on the CPU, frame after frame, so that neither device nor batch size changes it.
@@ -59,7 +59,7 @@ def diffusion_features(
 
 
 def resample(hidden: Tensor, grid: tuple[int, int]) -> Tensor:
-    """A hidden state [n, d, height, width] on another grid: averaged where it shrinks, interpolated where it grows."""
+    """Resample a hidden state [n, d, height, width] to another grid, averaging or interpolating."""
     if hidden.shape[-2:] == grid:
         return hidden
     if hidden.shape[-2] >= grid[0] and hidden.shape[-1] >= grid[1]:
@@ -68,7 +68,7 @@ def resample(hidden: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def feature_picture(features: Tensor) -> Tensor:
-    """The three main components of all frames' features as red, green and blue: equal colours are alike features.
+    """Return the three principal components of all frames' features as RGB: similar colours mean similar features.
 
     Args:
         features: [frames, height, width, channels].

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Atomic file writes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; it takes the name when the block ends without an error.
+    """Provide a temporary path beside `path`, which is renamed to it when the block ends without an error.
 
     A kill at any point leaves the old file or none under the name, an error leaves no temporary file either.
     """
@@ -31,7 +31,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 def save_tensors(
     tensors: Mapping[str, Tensor], path: str | os.PathLike, metadata: dict[str, str] | None = None
 ) -> None:
-    """One safetensors file. OSError when it cannot be written, where safetensors has an error of its own."""
+    """Write one safetensors file; OSError if that fails, instead of safetensors' own error."""
     try:
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
     except SafetensorError as error:

@@ -1,4 +1,4 @@
-"""One short name for the content of many things: what was inverted, with which model, how."""
+"""Content hash of nested values and tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def fingerprint(*things: Any, known: Callable[[Any], Any] | None = None) -> str:
-    """SHA-256 of tensors, numbers, strings, None, and sequences, mappings and dataclasses of them, as hexadecimal.
+    """Return the SHA-256 of tensors, numbers, strings, None, and sequences, mappings and dataclasses of them, as hex.
 
     Equal content gives equal fingerprints, in another process, too.
 
@@ -77,6 +77,6 @@ class _Reader:
 
 
 def _is_all_content(thing: Any) -> bool:
-    """Whether a container has no attributes beside what it holds."""
+    """Return whether a container has no attributes beside its items."""
     named = {field.name for field in fields(thing)} if is_dataclass(thing) and not isinstance(thing, type) else set()
     return getattr(thing, "__dict__", {}).keys() <= named

@@ -1,4 +1,4 @@
-"""Optical flow without a model, to compare with: OpenCV's DIS, and matches and tracks made of it. Needs OpenCV."""
+"""Optical flow without a model, as a baseline: OpenCV's DIS, and matches and tracks derived from it. Needs OpenCV."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .tracks import correspondence_along, look_up
 
 
 def dis_flow(frames: Tensor, progress: Callable[[int, int], None] | None = None) -> tuple[Tensor, Tensor]:
-    """Where each pixel moves to in the next frame, and where each pixel of the next frame comes from.
+    """Return where each pixel moves to in the next frame, and where each pixel of the next frame comes from.
 
     Dense inverse search (Kroeger et al., 2016, ECCV), as OpenCV has it, at its finest setting.
 
@@ -46,7 +46,7 @@ def dis_flow(frames: Tensor, progress: Callable[[int, int], None] | None = None)
 
 
 def agree(forward: Tensor, backward: Tensor) -> Tensor:
-    """Pixels whose flow leads to a pixel whose flow leads back: what is not hidden in the next frame.
+    """Return the pixels whose forward and backward flow agree: those visible in the next frame.
 
     The bound is that of Sundaram et al., 2010 (ECCV), Eq. 5: |f + b|^2 < 0.01 (|f|^2 + |b|^2) + 0.5.
 
@@ -65,13 +65,13 @@ def agree(forward: Tensor, backward: Tensor) -> Tensor:
 
 
 def correspondence_of(forward: Tensor, backward: Tensor, height: int, width: int) -> Correspondence:
-    """The one match of every token of a `height` x `width` grid, in every frame, that the flow leads to."""
+    """Return the one match in every frame to which the flow leads each token of a `height` x `width` grid."""
     every = [flow_tracks(forward, backward, frame, height, width) for frame in range(len(forward) + 1)]
     return correspondence_along(torch.stack(every))
 
 
 def flow_tracks(forward: Tensor, backward: Tensor, frame: int, height: int, width: int) -> Tensor:
-    """Places of the tokens of `frame` in every frame, the flow followed from frame to frame: [frames, h, w, 2]."""
+    """Return positions of the tokens of `frame` in every frame, followed along the flow: [frames, h, w, 2]."""
     size = forward.new_tensor([forward.shape[2] / width, forward.shape[1] / height])
     places = [_pixels(height, width).to(forward)]
     for flow in forward[frame:]:
@@ -82,6 +82,6 @@ def flow_tracks(forward: Tensor, backward: Tensor, frame: int, height: int, widt
 
 
 def _pixels(height: int, width: int) -> Tensor:
-    """(x, y) of every pixel: [height, width, 2]."""
+    """Return (x, y) of every pixel: [height, width, 2]."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return torch.stack([columns, rows], -1).float()

@@ -1,9 +1,8 @@
-"""Features kept during inversion and put back during sampling, so that an edit keeps the source's structure.
+"""Features of the source that are injected during sampling, so that an edit keeps the source's structure.
 
-COVE (arXiv 2406.08850), section 4.1, "first 40 timesteps"; what is kept and where are those of FLATTEN
-(arXiv 2310.05922), after Plug-and-Play (arXiv 2211.12572): the outputs of ResNet branches, and what the queries and
-keys of self-attention are projected from. Queries and keys are linear in it, so it stands for both at half the size;
-values stay those of the edit.
+COVE (arXiv 2406.08850), section 4.1, "first 40 timesteps". Features and sites are those of FLATTEN (arXiv 2310.05922),
+after Plug-and-Play (arXiv 2211.12572): the outputs of ResNet branches, and the input of the query and key projections
+of self-attention. Queries and keys are linear in it, so it replaces both at half the size; values stay the edit's.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ AUTO, NONE = "auto", "none"
 
 @dataclass(frozen=True)
 class Site:
-    """A place in the decoder where features are taken and put back.
+    """A layer of the decoder at which features are captured and injected.
 
     kind: RESNET, the output of the ResNet branch before it is added to the skip, [frames, channels, height, width];
         or ATTENTION, the normalised tokens that go into self-attention, [frames, height*width, channels].
@@ -42,7 +41,7 @@ class Site:
 
 
 def choose_blocks(kind: str, text: str, available: Sequence[int], levels: Sequence[int]) -> tuple[int, ...]:
-    """The decoder blocks that a text names, such as "3, 4, 6" or "4-9"; "auto" for FLATTEN's; "none" for no block.
+    """Parse a list of decoder blocks such as "3, 4, 6" or "4-9"; "auto" means FLATTEN's, "none" no block.
 
     Args:
         kind: RESNET or ATTENTION.
@@ -76,7 +75,7 @@ def choose_blocks(kind: str, text: str, available: Sequence[int], levels: Sequen
 
 
 def put_back(into: Tensor, features: Tensor, conds: int) -> Tensor:
-    """The source's features in place of those of every conditioning.
+    """Replace the features of every conditioning by the source's.
 
     Args:
         into: what the edit has there, [conds*frames, ...].

@@ -1,4 +1,4 @@
-"""What an inversion leaves behind, so that no clip has to be inverted twice; in memory, and in a file."""
+"""A finished inversion, in memory and in a file, so that a clip is inverted once."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from stat import S_ISDIR
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from .files import save_tensors, whole_file
+from .schedule import Schedule
 
-FORMAT = "cove.inversion.1"
+FORMAT = "cove.inversion.2"
 # Sigmas that differ by less are the same: grids come from float32 schedules.
 SIGMA_TOLERANCE = 1e-4
 # A residual below this may grow by rounding, in half precision.
@@ -33,72 +35,92 @@ class Inversion:
     """A finished inversion.
 
     Attributes:
+        schedule: timesteps of sampling and inversion.
         clip: the latents that were inverted, as the model sees them, float32 [frames, channels, height, width].
-        noise: those at sigmas[-1], of the same shape.
-        sigmas: ascending from 0, float32 [steps + 1].
-        guesses: where the model was asked at sigmas[1:], float32 [steps, frames, channels, height, width]: what the
-            source branch runs on. `cove.ddim.invert` says more.
-        residuals: of each step, float64 [steps]; NaN without refinements.
-        grew: whether the residual grew there, bool [steps].
+        latents: at sigmas[1:], float32 [schedule.steps, frames, channels, height, width]. Feature Injection and
+            TokenFlow evaluate the source there.
+        sigmas: those of sampling, ascending from 0, float32 [schedule.steps + 1].
+        residuals: of each step of the inversion, float64; see `cove.ddim.InversionStep`.
+        stopped: at which of these steps refining stopped, bool.
         conditioning: tensors of the source prompt, by ComfyUI's names for them.
-        about: what else decides the result, as JSON can say it: fingerprint of the model, pack, refinements, ...
-        features: for some steps, tensors by the name of their site; see `cove.injection.Site`.
+        about: other facts that decide the result, as JSON: fingerprint of the model, pack, refinements, ...
+        features: by the number of a sampling step, ascending as `latents`: tensors by the name of their site; see
+            `cove.injection.Site`.
     """
 
+    schedule: Schedule
     clip: Tensor
-    noise: Tensor
+    latents: Tensor
     sigmas: Tensor
-    guesses: Tensor
     residuals: Tensor
-    grew: Tensor
+    stopped: Tensor
     conditioning: Mapping[str, Tensor] = field(default_factory=dict)
     about: Mapping[str, object] = field(default_factory=dict)
     features: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self):
-        steps = len(self.sigmas) - 1
+        steps = self.schedule.steps
         if not (
-            self.noise.shape == self.clip.shape
-            and self.guesses.shape == (steps, *self.clip.shape)
-            and self.residuals.shape == self.grew.shape == (steps,)
+            self.latents.shape == (steps, *self.clip.shape)
+            and self.sigmas.shape == (steps + 1,)
+            and self.residuals.shape == self.stopped.shape == (len(self.schedule.inversion),)
             and all(0 <= step < steps for step in self.features)
         ):
             shapes = {name: list(getattr(self, name).shape) for name in _TENSORS}
-            raise ValueError(f"these tensors are not of one inversion: {shapes}, features of steps {[*self.features]}")
+            raise ValueError(
+                f"these tensors do not belong to one inversion of {self.schedule}: {shapes}, features of steps "
+                f"{[*self.features]}"
+            )
+
+    @classmethod
+    def of_steps(
+        cls, schedule: Schedule, clip: Tensor, latents: Sequence[Tensor], sigmas: Tensor, **others
+    ) -> Inversion:
+        """Build it from latents and sigmas of every step of inversion, of which those of sampling are kept."""
+        every = slice(None, None, schedule.multiple)
+        sigmas = torch.cat([sigmas[:1], sigmas[1:][every]])
+        return cls(schedule, clip, torch.stack([*latents[every]]), sigmas, **others)
 
     @property
     def frames(self) -> int:
         return len(self.clip)
 
     @property
+    def noise(self) -> Tensor:
+        """The latents at which sampling starts."""
+        return self.latents[-1]
+
+    @property
     def bytes(self) -> int:
-        """About what a file of it takes."""
+        """About the size of its file."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors().values())
 
     def step_at(self, sigma: float) -> int | None:
-        """The step that ended at `sigma`; None when there is none."""
-        return step_at(self.sigmas, sigma)
+        """Return the step at `sigma`, or None."""
+        distance = (self.sigmas[1:] - sigma).abs()
+        nearest = int(distance.argmin())
+        return nearest if distance[nearest] <= SIGMA_TOLERANCE * sigma else None
 
     @property
     def diverged(self) -> list[int]:
-        """The steps at which refining made the residual grow, and not by rounding."""
-        return (self.grew & (self.residuals > ROUNDING)).nonzero().flatten().tolist()
+        """The steps of inversion at which refining increased the residual, other than by rounding."""
+        return (self.stopped & (self.residuals > ROUNDING)).nonzero().flatten().tolist()
 
     def quality(self) -> str:
-        """One line on how exactly sampling will give the clip back."""
-        if self.residuals.isnan().all():
-            return "no refinements, so nothing is known of how exactly the clip comes back"
+        """Describe how exactly sampling will return the clip, in one line."""
         worst = int(self.residuals.argmax())
         line = f"largest residual {float(self.residuals[worst]):.1e}, at step {worst + 1} of {len(self.residuals)}"
         if self.diverged:
             first = self.diverged[0] + 1
-            line += f"; refining diverged at {len(self.diverged)} steps, from step {first}, and kept the best of each"
+            line += f"; refining diverged in {len(self.diverged)} steps, first in step {first}, and was undone there"
         return line
 
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file, under a temporary name and then renamed: a kill leaves the old file or none."""
+        numbers = {"steps": self.schedule.steps, "multiple": self.schedule.multiple}
+        metadata = {"format": FORMAT, "schedule": json.dumps(numbers), "about": json.dumps(dict(self.about))}
         with whole_file(path) as temporary:
-            save_tensors(self._tensors(), temporary, {"format": FORMAT, "about": json.dumps(dict(self.about))})
+            save_tensors(self._tensors(), temporary, metadata)
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {name: getattr(self, name) for name in _TENSORS}
@@ -109,7 +131,11 @@ class Inversion:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Inversion:
-        """Read what `save` wrote; features stay in the file, mapped into memory. ValueError when it is no such file."""
+        """Read what `save` wrote. Features stay in the file, mapped into memory.
+
+        Raises:
+            ValueError: the file is no inversion, or damaged.
+        """
         conditioning: dict[str, Tensor] = {}
         features: dict[int, dict[str, Tensor]] = {}
         try:
@@ -124,25 +150,18 @@ class Inversion:
                             step, _, site = rest.partition(".")
                             features.setdefault(int(step), {})[site] = file.get_tensor(name)
                     tensors = {name: file.get_tensor(name) for name in _TENSORS}
-                    about = json.loads(metadata["about"])
-                    return cls(**tensors, conditioning=conditioning, about=about, features=features)
-        except (SafetensorError, KeyError, ValueError) as error:
+                    schedule, about = Schedule(**json.loads(metadata["schedule"])), json.loads(metadata["about"])
+                    return cls(schedule, **tensors, conditioning=conditioning, about=about, features=features)
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
         raise ValueError(f"{path} holds no COVE inversion (expected format {FORMAT})")
-
-
-def step_at(sigmas: Tensor, sigma: float) -> int | None:
-    """The step of an inversion through `sigmas`, [steps + 1], that ends at `sigma`; None when there is none."""
-    distance = (sigmas[1:] - sigma).abs()
-    nearest = int(distance.argmin())
-    return nearest if distance[nearest] <= SIGMA_TOLERANCE * sigma else None
 
 
 _TENSORS = [entry.name for entry in fields(Inversion) if entry.type == "Tensor"]
 
 
 def on_disk(tensors: Mapping[str, Tensor], folder: str | os.PathLike) -> dict[str, Tensor]:
-    """The same tensors, mapped into memory from a file in `folder`: the system drops and rereads them as it needs to.
+    """Return copies of tensors that are mapped into memory from a file in `folder`.
 
     The file has lost its name by the time this returns and is gone with the tensors, even after a kill; on Windows,
     where a mapped file cannot lose its name, it stays until somebody clears the folder.
@@ -157,7 +176,7 @@ def on_disk(tensors: Mapping[str, Tensor], folder: str | os.PathLike) -> dict[st
 
 
 class UnfinishedInversion:
-    """The steps of an inversion that is under way, one file each, so that it can be taken up again after a kill.
+    """The finished steps of a running inversion, one file each, so that it can be resumed after a kill.
 
     All unfinished inversions of one folder together take at most `LIMIT` bytes.
     """
@@ -165,16 +184,16 @@ class UnfinishedInversion:
     LIMIT = 4 * 2**30
 
     def __init__(self, folder: str | os.PathLike, name: str):
-        """folder: of all unfinished inversions. name: a fingerprint of all that decides the result."""
+        """folder: of all unfinished inversions. name: a fingerprint of everything that decides the result."""
         self.folder = Path(folder) / name
 
     @staticmethod
     def size_of(steps: int, shape: Sequence[int]) -> int:
-        """The most bytes that this many steps take, for float32 latents of this shape."""
-        return steps * (2 * 4 * math.prod(shape) + _OVERHEAD)
+        """Return an upper bound of the bytes of this many steps of float32 latents of this shape."""
+        return steps * (4 * math.prod(shape) + _OVERHEAD)
 
     def steps(self) -> list[dict[str, Tensor]]:
-        """Tensors of the finished steps, from the first; a file that cannot be read ends them."""
+        """Return the tensors of the finished steps, up to the first file that cannot be read."""
         found: list[dict[str, Tensor]] = []
         with suppress(SafetensorError, OSError):
             while True:
@@ -182,11 +201,11 @@ class UnfinishedInversion:
         return found
 
     def others(self) -> int:
-        """Bytes that the other unfinished inversions of the folder take."""
+        """Return the bytes of the other unfinished inversions of the folder."""
         return sum(self._others().values())
 
     def make_room(self, size: int) -> bool:
-        """Remove other inversions, the oldest first, until all steps of this one fit beside them; whether they do.
+        """Remove other inversions, oldest first, until this one fits beside the rest. Return whether it fits.
 
         Args:
             size: of all its steps, as `size_of` gives it. Above `LIMIT`, its own steps are removed as well.
@@ -201,17 +220,15 @@ class UnfinishedInversion:
         return self.others() + size <= self.LIMIT
 
     def add(self, step: int, tensors: Mapping[str, Tensor]) -> None:
-        """Write a step. OSError when there is no room on the disk or below `LIMIT`, or the step before is missing."""
-        # Copies, because two of them may be one: where refining makes the residual grow, x is the guess.
-        copies = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
-        size = sum(tensor.nbytes for tensor in copies.values()) + _OVERHEAD
+        """Write a step; OSError if the disk or `LIMIT` has no room, or the previous step is missing."""
+        size = sum(tensor.nbytes for tensor in tensors.values()) + _OVERHEAD
         if _size(self.folder) + self.others() + size > self.LIMIT:
             raise OSError(f"unfinished inversions would take more than {self.LIMIT} bytes")
         if step and not self._path(step - 1).exists():
             raise OSError("the step before is missing")
         self.folder.mkdir(parents=True, exist_ok=True)
         with whole_file(self._path(step)) as temporary:
-            save_tensors(copies, temporary)
+            save_tensors(tensors, temporary)
 
     def discard(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -226,7 +243,7 @@ class UnfinishedInversion:
 
 
 def unfinished_in(folder: str | os.PathLike) -> dict[Path, int]:
-    """The unfinished inversions of a folder, the oldest first, and the bytes of each."""
+    """Return the unfinished inversions of a folder, oldest first, with their sizes in bytes."""
     found = []
     for path in Path(folder).glob("*"):
         with suppress(OSError):  # another process has just removed it
@@ -237,7 +254,7 @@ def unfinished_in(folder: str | os.PathLike) -> dict[Path, int]:
 
 
 def _size(folder: Path) -> int:
-    """Bytes of the files in a folder, without those that go meanwhile."""
+    """Return the size of a folder's files in bytes, ignoring those that vanish meanwhile."""
     size = 0
     for file in folder.glob("*"):
         with suppress(OSError):

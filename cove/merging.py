@@ -33,7 +33,7 @@ def merge_tokens(tokens: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
 
 
 def merge_weights(similarity: Tensor, removed: int) -> Tensor:
-    """How much of each token goes into each merged one.
+    """Return the weight of each token in each merged token.
 
     Args:
         similarity: of every A token with every B token, [..., A, B].
@@ -61,13 +61,13 @@ def merge_weights(similarity: Tensor, removed: int) -> Tensor:
 
 
 def bipartite_order(count: int, device: torch.device | str | None = None) -> Tensor:
-    """Positions of the A tokens (even), then of the B tokens (odd), int64 [count]."""
+    """Return the positions of the A tokens (even), then of the B tokens (odd), int64 [count]."""
     positions = torch.arange(count, device=device)
     return torch.cat((positions[0::2], positions[1::2]))
 
 
 def removed_tokens(count: int, ratio: float) -> int:
-    """r = floor(ratio * M): how many of `count` tokens merging takes away."""
+    """Return r = floor(ratio * M), the number of tokens that merging removes from `count`."""
     if not 0 <= ratio <= 0.5:
         raise ValueError(f"merge ratio must be from 0 to 0.5 (half of the tokens can find a partner), got {ratio}")
     return int(ratio * count)

@@ -1,4 +1,4 @@
-"""How alike two clips are, whether points are followed rightly through one, and whether they keep their colour."""
+"""Similarity of clips, accuracy of tracks, and colour drift along them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SSIM_WINDOW, SSIM_SIGMA, SSIM_K1, SSIM_K2 = 11, 1.5, 0.01, 0.03
 
 
 def psnr(one: Tensor, other: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each frame in dB, of values in 0..1; infinite where they are equal.
+    """Return the peak signal-to-noise ratio of each frame in dB, for values in 0..1; infinite where they are equal.
 
     Args:
         one, other: [frames, ...], of the same shape.
@@ -26,7 +26,7 @@ def psnr(one: Tensor, other: Tensor) -> Tensor:
 
 
 def ssim(one: Tensor, other: Tensor) -> Tensor:
-    """Structural similarity of each frame, of values in 0..1; 1 where they are equal. Wang et al., 2004, Eq. 13.
+    """Return the structural similarity of each frame, for values in 0..1; 1 if equal. Wang et al., 2004, Eq. 13.
 
     Means, variances and covariance are those under a Gaussian window of 11x11 pixels and sigma 1.5; the mean over the
     places where the window lies inside the frame, and over the channels.
@@ -67,7 +67,7 @@ def _check_alike(one: Tensor, other: Tensor) -> None:
 
 
 def pck(places: Tensor, true: Tensor, visible: Tensor, radius: float) -> Tensor:
-    """Percentage of correct keypoints, as a share: of the points that are visible, those found within `radius` tokens.
+    """Return the share of visible points that were found within `radius` tokens (percentage of correct keypoints).
 
     Args:
         places, true: [frames, height, width, 2], found and true tracks.
@@ -83,14 +83,14 @@ def pck(places: Tensor, true: Tensor, visible: Tensor, radius: float) -> Tensor:
 
 
 def overlap(found: Tensor, true: Tensor) -> float:
-    """Intersection over union of two masks, bool, of the same shape; 1 where both are empty."""
+    """Return the intersection over union of two bool masks of the same shape; 1 if both are empty."""
     _check_alike(found, true)
     union = (found | true).sum()
     return float((found & true).sum() / union) if union else 1.0
 
 
 def colour_drift(frames: Tensor, places: Tensor, visible: Tensor) -> float:
-    """How much points change their colour on their way: the root mean square of what is off a track's mean colour.
+    """Return how much points change colour along their tracks: root mean square deviation from the track's mean.
 
     0 when each point keeps its colour in every frame where it is visible. Noise of a standard deviation s from frame
     to frame gives s * sqrt(1 - 1/n) for tracks of n frames.
@@ -110,7 +110,7 @@ def colour_drift(frames: Tensor, places: Tensor, visible: Tensor) -> float:
 
 
 def warping_error(frames: Tensor, flow: Tensor, visible: Tensor) -> Tensor:
-    """What a clip differs by from its next frame, carried back along the flow: Lai et al., 2018 (ECCV), section 4.3.
+    """Return the difference of each frame to the next, warped back along the flow: Lai et al., 2018, section 4.3.
 
     Args:
         frames: [frames, height, width, channels] of values in 0..1.
@@ -139,29 +139,3 @@ def _check_tracks(places: Tensor, visible: Tensor) -> None:
             f"expected places [frames, height, width, 2] and bool visible without the last axis, got "
             f"{list(places.shape)} and {visible.dtype} {list(visible.shape)}"
         )
-
-
-GOOD, FAIR = 30.0, 25.0  # dB: differences one has to look for, and differences one sees at once
-
-
-def verdict(lowest: float, refinements: int | None = None, diverged: bool = False, vae: float | None = None) -> str:
-    """In plain words: is an inversion good enough to edit on, and if not, what to change.
-
-    Args:
-        lowest: PSNR in dB of the worst frame, sampled back; against what the autoencoder leaves of it, if known.
-        refinements: of the inversion, if known. diverged: whether refining diverged at some step.
-        vae: PSNR in dB of what the autoencoder leaves of that frame, if known.
-    """
-    if lowest >= GOOD:
-        words = "Good: the clip comes back. Edit on this inversion."
-    else:
-        words = (
-            "Fair: the clip comes back with visible loss." if lowest >= FAIR else "Poor: the clip does not come back."
-        )
-        more = "steps" if diverged or (refinements or 0) >= 2 else "refinements"
-        words += (
-            f" Set more {more} in DDIM Inversion. DDIM Sampler must have the source prompt, cfg 1, and the same model."
-        )
-    if vae is not None and vae < FAIR:
-        words += " The VAE alone loses much: load larger frames."
-    return words

@@ -1,4 +1,4 @@
-"""The method as plain loops: slow, obvious, what "correct" means. Only tests and benchmarks use it."""
+"""The method as plain loops: slow, obvious, the definition of "correct". Only tests and benchmarks use it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Matches between frames far apart, without the drift of following links.
+"""Matches between distant frames, without the drift of following links.
 
 COVE (arXiv 2406.08850), Eq. 9, follows the best match from frame to frame. Each link ends at the middle of a token, so
 what is lost in rounding adds up: after a few frames the token followed is a neighbour of the right one. Here every step
@@ -19,7 +19,7 @@ from .correspondence import ROWS_BYTES, Correspondence, first_best, nearest_firs
 def refine(
     correspondence: Correspondence, features: Tensor, progress: Callable[[int, int], None] | None = None
 ) -> Correspondence:
-    """The same links, and for each pair of frames matches that were compared with the token itself.
+    """Add, for each pair of frames, matches that were compared with the token itself.
 
     A token is followed by its best links, as in Eq. 9; in every frame on the way, the tokens around the one it led to
     are compared with the token in the frame that it began in: the `k` most similar are its matches there, and the
@@ -64,7 +64,7 @@ def refine(
 def _best_around(
     source: Tensor, target: Tensor, inverse_norm: Tensor, around: Tensor, offsets: Tensor, width: int, k: int
 ) -> Tensor:
-    """The `k` tokens of `target` near given ones that are most like each token of `source`: int32 [tokens, k].
+    """Return the `k` tokens of `target` near given ones most similar to each token of `source`: int32 [tokens, k].
 
     Args:
         source, target: [tokens, channels]. inverse_norm: of the target's tokens, [tokens].

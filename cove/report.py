@@ -1,4 +1,4 @@
-"""What can be measured on an edit of any clip, as a table of plain text and as a plot."""
+"""Measurements of an edit of any clip, as a plain-text table and as a plot."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DIGITS = {"warping error": 6, "of the source": 6}  # squares of small difference
 
 
 def check_libraries() -> None:
-    """ImportError that says what to install, unless all is there that edits are measured and drawn with."""
+    """Raise ImportError naming the missing packages if OpenCV or matplotlib is not installed."""
     needed = {"cv2": "opencv-python-headless", "matplotlib": "matplotlib"}
     missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
     if missing:
@@ -25,7 +25,7 @@ def check_libraries() -> None:
 
 
 def edit_columns(source: Tensor, edited: Tensor, progress: Callable[[int, int], None] | None = None) -> Columns:
-    """How far each frame is from the source, and from its next frame once the source's motion is taken out.
+    """Measure each frame against the source, and against its next frame with the source's motion compensated.
 
     The motion is DIS optical flow of the source; pixels that it does not find again are left out. The source's own
     error stands beside the edit's, for the scale: light changes, and the flow is not perfect.
@@ -46,7 +46,7 @@ def edit_columns(source: Tensor, edited: Tensor, progress: Callable[[int, int], 
 
 
 def summary(columns: Columns) -> str:
-    """In a sentence: how steady the edit is, beside the source."""
+    """Describe in a sentence how steady the edit is compared with the source."""
     edit, source = (_mean(columns[name]) for name in ("warping error", "of the source"))
     if math.isnan(edit):
         return "Nothing to compare: no frame has a next one that shows the same."
@@ -56,13 +56,13 @@ def summary(columns: Columns) -> str:
 
 
 def _mean(values: Sequence[float]) -> float:
-    """Of those that are known."""
+    """Return the mean of all values that are not NaN."""
     known = [value for value in values if not math.isnan(value)]
     return sum(known) / len(known) if known else math.nan
 
 
 def table(columns: Columns) -> str:
-    """A line a frame and one of the means, right-aligned."""
+    """Format one line per frame and one of the means, right-aligned."""
     lines = [["frame"], *([str(frame)] for frame in range(len(next(iter(columns.values()))))), ["mean"]]
     for name, values in columns.items():
         digits = 1 if "PSNR" in name else DIGITS.get(name, 4)
@@ -78,7 +78,7 @@ def _spell(value: float, digits: int) -> str:
 
 
 def panels_of(columns: Columns) -> dict[str, Columns]:
-    """What `plot` takes, of `edit_columns` and of columns whose names begin with CLIP."""
+    """Arrange the columns of `edit_columns`, and those whose names begin with CLIP, for `plot`."""
     panels = {
         "Difference to the next frame, motion taken out": {
             "edited": columns["warping error"],
@@ -91,7 +91,7 @@ def panels_of(columns: Columns) -> dict[str, Columns]:
 
 
 def plot(panels: dict[str, Columns]) -> Tensor:
-    """Curves over the frames, one panel beneath another. Needs matplotlib.
+    """Plot curves over the frames, one panel below another. Needs matplotlib.
 
     Args:
         panels: title -> name of a curve -> one number a frame.

@@ -1,4 +1,4 @@
-"""TokenFlow: a few keyframes are edited together, and every frame takes its tokens from the keyframes around it.
+"""TokenFlow: keyframes are edited together, and every frame combines the tokens of its nearest keyframes.
 
 TokenFlow (arXiv 2307.10373), section 4. Which tokens: the body of the paper (Eq. 3 and 4, figures 2 to 4) says the
 output of self-attention, its appendix A says the input; the authors' code takes the input. Here it is the output, as
@@ -34,7 +34,7 @@ class Between(NamedTuple):
 
 
 def choose_keyframes(frames: int, every: int, generator: torch.Generator) -> list[int]:
-    """One random frame out of every `every` frames; out of the rest, too, where the clip ends before. Section 4.1.
+    """Draw one random frame from every `every` frames, and from the remainder at the end. Section 4.1.
 
     Args:
         frames: of the clip, at least 1.
@@ -53,7 +53,7 @@ def choose_keyframes(frames: int, every: int, generator: torch.Generator) -> lis
 
 
 def between_keyframes(frames: int, keyframes: Sequence[int], blend_keyframes: bool = True) -> list[Between]:
-    """Every frame's closest keyframes before and after it, and the weight of the one after. Eq. 6.
+    """Return each frame's nearest keyframes before and after it, and the weight of the later one. Eq. 6.
 
     A frame before the first or after the last keyframe has one only. A keyframe counts as its own future, which the
     paper leaves open: so it keeps sigmoid(1) = 0.73 of its own tokens (about what the authors' code leaves it).
@@ -85,7 +85,7 @@ def between_keyframes(frames: int, keyframes: Sequence[int], blend_keyframes: bo
 def nearest_tokens(
     tokens: Tensor, keyframes: Sequence[int], between: Sequence[Between], memory_budget: int | None = None
 ) -> Tensor:
-    """For every token of the source, the most similar token in the keyframes around its frame. Eq. 4.
+    """Find, for every token of the source, the most similar token in the keyframes around its frame. Eq. 4.
 
     Similarity is cosine, over the whole frame. In the frame itself that is the token itself. Rows of similarities are
     made as many at a time as fit the memory budget.
@@ -122,7 +122,7 @@ def nearest_tokens(
 
 
 def propagate(base: Tensor, fields: Tensor, between: Sequence[Between]) -> Tensor:
-    """The tokens of all frames, from those of the keyframes: Eq. 5.
+    """Propagate the keyframes' tokens to all frames: Eq. 5.
 
     Args:
         base: output of the keyframes' joint attention, [keyframes, tokens, channels], any float dtype.

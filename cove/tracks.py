@@ -15,7 +15,7 @@ from .correspondence import Correspondence
 
 
 def tracks_of(correspondence: Correspondence, frame: int) -> Tensor:
-    """Where the best matches, followed from frame to frame, lead the tokens of `frame`: COVE, Eq. 9.
+    """Follow the best matches of the tokens of `frame` from frame to frame: COVE, Eq. 9.
 
     Returns:
         places, [frames, height, width, 2], float32.
@@ -30,7 +30,7 @@ def tracks_of(correspondence: Correspondence, frame: int) -> Tensor:
 
 
 def correspondence_along(tracks: Tensor) -> Correspondence:
-    """The one match of every token in every frame: the token that its track leads to, rounded once.
+    """Return the one match of every token in every frame: the token at its track's position, rounded once.
 
     Args:
         tracks: [frames, frames, height, width, 2], of the tokens of each frame their places in every frame. What lies

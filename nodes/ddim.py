@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 from comfy.samplers import KSAMPLER
 from comfy_api.v0_0_2 import io
 
 from ..cove import ddim
+from ..cove.schedule import MAX_STEPS, Schedule
 from . import _host
-from .injection import ATTENTION_TOOLTIP, AUTO, RESNET_TOOLTIP
 
-STEPS_TOOLTIP = (
-    "The same number as sampling_steps of DDIM Inversion. More steps follow the model more closely and take more time. "
-    "The paper uses 50."
-)
+NOISE_TOOLTIP = "From DDIM Inversion or Load Inversion. Its schedule sets the number of steps."
 
 
 class DDIMInversion(io.ComfyNode):
@@ -27,55 +23,36 @@ class DDIMInversion(io.ComfyNode):
             node_id="CoveDDIMInversion",
             display_name="DDIM Inversion",
             category="COVE",
-            description="Finds the noise from which DDIM sampling, with the same model and prompt at cfg 1, gives the "
-            "clip back.",
+            description="Finds the noise from which DDIM sampling, with the same model and prompt at cfg 1, returns "
+            "the clip.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that will sample: with Correspondence Attention for COVE."),
                 io.Conditioning.Input("conditioning", tooltip="The source prompt: what the clip shows. May be empty."),
                 io.Latent.Input("latent", tooltip="The clip's frames from VAE Encode."),
                 io.Int.Input(
                     "steps",
-                    default=100,
-                    min=1,
-                    max=999,
-                    tooltip="More steps invert more exactly and take more time. The same as sampling_steps or a "
-                    "multiple of it that passes through its timesteps: 100 for 50, of which 99 are run. The paper uses "
-                    "100; half as many with one refinement cost the same and lose less.",
-                ),
-                io.Int.Input(
-                    "sampling_steps",
                     default=50,
                     min=1,
-                    max=999,
-                    tooltip="The same number as in DDIM Sampler: inversion ends where sampling begins.",
+                    max=MAX_STEPS,
+                    tooltip="Sampling steps. The sampler, Feature Injection and TokenFlow use the same number. More "
+                    "steps take longer and follow the model more closely. The paper uses 50.",
+                ),
+                io.Int.Input(
+                    "multiple",
+                    default=1,
+                    min=1,
+                    max=20,
+                    tooltip="Inversion steps per sampling step. 1 inverts exactly the steps that sampling takes. The "
+                    "paper uses 2: 100 inversion steps for 50 sampling steps.",
                 ),
                 io.Int.Input(
                     "refinements",
                     default=1,
                     min=0,
                     max=10,
-                    tooltip="More makes the clip come back more exactly; each takes as long as the inversion without "
-                    "any. 0 = as diffusers does it.",
+                    tooltip="Further model evaluations in each step; each takes as long as an inversion without any. "
+                    "One that makes a step less exact is undone. 0 is the paper's inversion.",
                 ),
-                io.Combo.Input(
-                    "storage",
-                    options=list(_host.STORAGES),
-                    default=_host.RECOMPUTE,
-                    tooltip="For Feature Injection. recompute: keep the latents only and run the source again beside "
-                    "each edit; nothing to store, half as much time again in sampling. memory, disk: keep the features "
-                    "of the first feature_steps steps; worth it for many edits of a short clip. The node shows how "
-                    "much it will be. disk is ComfyUI's temp folder: Save Inversion keeps them.",
-                ),
-                io.Int.Input(
-                    "feature_steps",
-                    default=40,
-                    min=0,
-                    max=1000,
-                    tooltip="More stores features for more of the first sampling steps: as many as Feature Injection "
-                    "uses. Not used by recompute. The paper uses 40 of 50.",
-                ),
-                io.String.Input("resnet_blocks", default=AUTO, tooltip=f"To store. {RESNET_TOOLTIP}"),
-                io.String.Input("attention_blocks", default=AUTO, tooltip=f"To store. {ATTENTION_TOOLTIP}"),
             ],
             outputs=[
                 io.Latent.Output(display_name="noise"),
@@ -85,39 +62,22 @@ class DDIMInversion(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls,
-        model,
-        conditioning,
-        latent,
-        steps,
-        sampling_steps,
-        refinements,
-        storage,
-        feature_steps,
-        resnet_blocks,
-        attention_blocks,
-    ) -> io.NodeOutput:
+    def execute(cls, model, conditioning, latent, steps, multiple, refinements) -> io.NodeOutput:
         node = "DDIM Inversion"
         _host.unet_of(model, node)
         _host.check_without(model, _host.INJECTION_KEY, "Feature Injection", node)
         _host.check_without(model, _host.TOKENFLOW_KEY, "TokenFlow", node)
         _host.check_no_step_cache(model.wrappers, node)
         try:
-            timesteps = ddim.inversion_timesteps(steps, sampling_steps)
+            schedule = Schedule(steps, multiple)
         except ValueError as error:
             raise ValueError(f"{node}: {error}") from error
-        sigmas = torch.cat((torch.zeros(1), _host.sigmas_at(model, timesteps, node)))
         _host.check_channels(model, latent["samples"], node)
         _host.check_unmasked(latent, node)
         _host.check_conditioning(conditioning, latent, node)
-        sites = _host.sites_of(model, resnet_blocks, attention_blocks, node)
-        kept = sampling_sigmas(model, sampling_steps, node)[:-1][:feature_steps]
-        plan, size = _host.plan_storage(model, storage, sites, sigmas, kept, latent["samples"].shape, node)
         tell = partial(_host.say, cls)
-        options = {"node": node, "line": size, "tell": tell}
-        noise, inversion = _host.invert(model, conditioning, latent, sigmas, refinements, plan, **options)
-        tell("; ".join([inversion.quality(), size, *_host.left_unfinished()]))
+        noise, inversion = _host.invert(model, conditioning, latent, schedule, refinements, node=node, tell=tell)
+        tell("; ".join([inversion.quality(), *_host.left_unfinished()]))
         return io.NodeOutput(noise, inversion)
 
 
@@ -135,8 +95,7 @@ class DDIMSampler(io.ComfyNode):
                 io.Model.Input("model", tooltip="The same patched model as in DDIM Inversion."),
                 io.Conditioning.Input("positive", tooltip="The edit prompt: what the clip should show."),
                 io.Conditioning.Input("negative", tooltip="What it should not show. Not used at cfg 1."),
-                io.Latent.Input("noise", tooltip="From DDIM Inversion."),
-                io.Int.Input("steps", default=50, min=1, max=999, tooltip=STEPS_TOOLTIP),
+                io.Latent.Input("noise", tooltip=NOISE_TOOLTIP),
                 io.Float.Input(
                     "cfg",
                     default=7.5,
@@ -153,15 +112,14 @@ class DDIMSampler(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, positive, negative, noise, steps, cfg) -> io.NodeOutput:
+    def execute(cls, model, positive, negative, noise, cfg) -> io.NodeOutput:
         node = "DDIM Sampler"
         _host.unet_of(model, node)
-        sigmas = sampling_sigmas(model, steps, node)
-        _host.check_start(noise, sigmas, node)
+        sigmas = _host.sampling_sigmas(model, noise, node)
         _host.check_conditioning([*positive, *negative], noise, node)
         _host.check_channels(model, noise["samples"], node)
         _host.warn_of_start(model, noise, sigmas[0], partial(_host.say, cls))
-        options = {"node": node, "callback": _host.preview(model, steps)}
+        options = {"node": node, "callback": _host.preview(model, len(sigmas) - 1)}
         return io.NodeOutput(_host.run(model, ddim.sample, noise, sigmas, positive, negative, cfg, **options))
 
 
@@ -178,34 +136,21 @@ class DDIMSamplerSelect(io.ComfyNode):
             "that node DisableNoise and the noise from DDIM Inversion.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that the guider has."),
-                io.Int.Input("steps", default=50, min=1, max=999, tooltip=STEPS_TOOLTIP),
-                io.Latent.Input(
-                    "noise",
-                    optional=True,
-                    tooltip="From DDIM Inversion: if given, it is checked that the inversion ended where these "
-                    "sigmas begin.",
-                ),
+                io.Latent.Input("noise", tooltip=NOISE_TOOLTIP),
             ],
             outputs=[io.Sampler.Output(), io.Sigmas.Output()],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, model, steps, noise=None) -> io.NodeOutput:
+    def execute(cls, model, noise) -> io.NodeOutput:
         node = "DDIM Sampler (for SamplerCustomAdvanced)"
         _host.unet_of(model, node)
-        sigmas = sampling_sigmas(model, steps, node)
+        sigmas = _host.sampling_sigmas(model, noise, node)
+        _host.check_channels(model, noise["samples"], node)
         tell = partial(_host.say, cls)
-        if noise is not None:
-            _host.check_start(noise, sigmas, node)
-            _host.check_channels(model, noise["samples"], node)
-            _host.warn_of_start(model, noise, sigmas[0], tell)
+        _host.warn_of_start(model, noise, sigmas[0], tell)
         return io.NodeOutput(KSAMPLER(partial(_host.sample_from_noise, tell)), sigmas)
-
-
-def sampling_sigmas(model, steps: int, node: str) -> torch.Tensor:
-    """The model's sigmas from the noisiest timestep of the grid down to 0, [steps + 1]."""
-    return torch.cat((_host.sigmas_at(model, ddim.sampling_timesteps(steps), node).flip(0), torch.zeros(1)))
 
 
 NODES = [DDIMInversion, DDIMSampler, DDIMSamplerSelect]

@@ -48,6 +48,13 @@ class ShowCorrespondence(io.ComfyNode):
                     max=1000,
                     tooltip="More puts more frames side by side on the contact sheet. 0 = about as many as rows.",
                 ),
+                io.Combo.Input(
+                    "style",
+                    options=["matches", "tracks"],
+                    default="matches",
+                    tooltip="matches: all K matches of a point in every frame, as in the paper. tracks: the best match "
+                    "only, with a line through the frames before.",
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="images", tooltip="The drawn frames."),
@@ -58,10 +65,11 @@ class ShowCorrespondence(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, images, correspondence, points, frame, columns) -> io.NodeOutput:
+    def execute(cls, images, correspondence, points, frame, columns, style) -> io.NodeOutput:
         try:
             places = _parse_points(points) or draw.grid_points(*images.shape[1:3])
-            drawn = draw.draw_matches(images[..., :3], correspondence, places, frame)
+            drawing = {"matches": draw.draw_matches, "tracks": draw.draw_tracks}[style]
+            drawn = drawing(images[..., :3], correspondence, places, frame)
             sheet = draw.contact_sheet(drawn, columns)
         except ValueError as error:
             raise ValueError(f"Show Correspondence: {error}") from error

@@ -1,4 +1,4 @@
-"""Feature Injection: what the source had in the decoder, put back while the edit is sampled."""
+"""Feature Injection and Store Features: an edit keeps the structure of its source."""
 
 from __future__ import annotations
 
@@ -6,19 +6,24 @@ from functools import partial
 
 from comfy_api.v0_0_2 import io
 
-from ..cove.injection import AUTO
+from ..cove.injection import ATTENTION, AUTO, RESNET
 from . import _host
 
-STEPS_TOOLTIP = (
-    "More keeps more of the source's {}, less lets the prompt change more. The first so many steps of sampling; "
-    "0 = none, the paper: 40 of 50."
+SHARE_TOOLTIP = (
+    "Share of the sampling steps, from the first one on. A larger share keeps more of the source's {}; a smaller one "
+    "lets the prompt change more. 0 turns it off; the paper uses 0.8 (40 of 50 steps)."
 )
 BLOCKS_TOOLTIP = (
-    'Decoder blocks, such as "3, 4, 6" or "4-9". More keeps more of the source. {} = those of FLATTEN ({}); none = no '
-    "block."
+    'Decoder blocks, such as "3, 4, 6" or "4-9". More blocks keep more of the source. {} = those of FLATTEN ({}); '
+    "none = no block."
 )
-RESNET_TOOLTIP = BLOCKS_TOOLTIP.format(AUTO, "3, 4, 6 in SD1.5 and SD2, 0, 1, 3 in SDXL")
-ATTENTION_TOOLTIP = BLOCKS_TOOLTIP.format(AUTO, "4-9 in SD1.5 and SD2, 1-5 in SDXL")
+CONDITIONING_TOOLTIP = (
+    "The source prompt of DDIM Inversion. Only needed if that prompt had a ControlNet{}; connect the same one."
+)
+
+
+def _share(name: str, tooltip: str) -> io.Float.Input:
+    return io.Float.Input(name, default=0.8, min=0.0, max=1.0, step=0.05, round=0.001, tooltip=tooltip)
 
 
 class FeatureInjection(io.ComfyNode):
@@ -33,21 +38,24 @@ class FeatureInjection(io.ComfyNode):
             description="Keeps the layout and the shapes of the source: in the first steps of sampling, the features "
             "of the inverted clip take the place of the edit's.",
             inputs=[
-                io.Model.Input(
-                    "model", tooltip="The patched model that DDIM Inversion had. The result is for sampling."
-                ),
+                io.Model.Input("model", tooltip="The patched model of DDIM Inversion. The result is for sampling."),
                 _host.InversionType.Input("inversion", tooltip="From DDIM Inversion or Load Inversion."),
-                io.Int.Input(
-                    "resnet_steps", default=40, min=0, max=1000, tooltip=STEPS_TOOLTIP.format("shapes and places")
+                _share("resnet_share", SHARE_TOOLTIP.format("shapes and positions")),
+                _share("attention_share", SHARE_TOOLTIP.format("layout")),
+                io.String.Input(
+                    "resnet_blocks",
+                    default=AUTO,
+                    tooltip=BLOCKS_TOOLTIP.format(AUTO, "3, 4, 6 in SD1.5 and SD2, 0, 1, 3 in SDXL"),
                 ),
-                io.Int.Input("attention_steps", default=40, min=0, max=1000, tooltip=STEPS_TOOLTIP.format("layout")),
-                io.String.Input("resnet_blocks", default=AUTO, tooltip=RESNET_TOOLTIP),
-                io.String.Input("attention_blocks", default=AUTO, tooltip=ATTENTION_TOOLTIP),
+                io.String.Input(
+                    "attention_blocks",
+                    default=AUTO,
+                    tooltip=BLOCKS_TOOLTIP.format(AUTO, "4-9 in SD1.5 and SD2, 1-5 in SDXL"),
+                ),
                 io.Conditioning.Input(
                     "conditioning",
                     optional=True,
-                    tooltip="The source prompt that DDIM Inversion had. Only needed with storage recompute, when that "
-                    "prompt had a ControlNet.",
+                    tooltip=CONDITIONING_TOOLTIP.format(" and its features are not stored"),
                 ),
             ],
             outputs=[io.Model.Output()],
@@ -59,8 +67,8 @@ class FeatureInjection(io.ComfyNode):
         cls,
         model,
         inversion,
-        resnet_steps,
-        attention_steps,
+        resnet_share,
+        attention_share,
         resnet_blocks,
         attention_blocks,
         conditioning=None,
@@ -69,10 +77,54 @@ class FeatureInjection(io.ComfyNode):
         sites = _host.sites_of(model, resnet_blocks, attention_blocks, node)
         _host.check_fits(inversion, model, node)
         source = _host.conditioning_of(inversion) if conditioning is None else conditioning
-        patched = _host.inject(
-            model, inversion, sites, resnet_steps, attention_steps, source, node, partial(_host.say, cls)
+        shares = {RESNET: resnet_share, ATTENTION: attention_share}
+        return io.NodeOutput(_host.inject(model, inversion, sites, shares, source, node, partial(_host.say, cls)))
+
+
+class StoreFeatures(io.ComfyNode):
+    """Features of the source at FLATTEN's sites, computed once for many edits of one clip."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CoveStoreFeatures",
+            display_name="Store Features",
+            category="COVE",
+            description="Stores the features that Feature Injection injects, so that many prompts can be tried on one "
+            "clip without running the source beside each edit. The node shows their size before it runs.",
+            inputs=[
+                io.Model.Input("model", tooltip="The patched model of DDIM Inversion."),
+                _host.InversionType.Input("inversion", tooltip="From DDIM Inversion or Load Inversion."),
+                _share(
+                    "share",
+                    "Share of the sampling steps whose features are stored, from the first one on: the larger share of "
+                    "Feature Injection. A larger one takes more memory.",
+                ),
+                io.Combo.Input(
+                    "storage",
+                    options=list(_host.STORAGES),
+                    default=_host.STORAGES[0],
+                    tooltip="memory: until the inversion is no longer used. disk: ComfyUI's temp folder; Save "
+                    "Inversion keeps them.",
+                ),
+                io.Conditioning.Input("conditioning", optional=True, tooltip=CONDITIONING_TOOLTIP.format("")),
+            ],
+            outputs=[_host.InversionType.Output(display_name="inversion", tooltip="With features.")],
+            hidden=[io.Hidden.unique_id],
         )
-        return io.NodeOutput(patched)
+
+    @classmethod
+    def execute(cls, model, inversion, share, storage, conditioning=None) -> io.NodeOutput:
+        node = "Store Features"
+        sites = _host.sites_of(model, AUTO, AUTO, node)
+        _host.check_without(model, _host.INJECTION_KEY, "Feature Injection", node)
+        _host.check_without(model, _host.TOKENFLOW_KEY, "TokenFlow", node)
+        _host.check_no_step_cache(model.wrappers, node)
+        _host.check_fits(inversion, model, node)
+        source = _host.conditioning_of(inversion) if conditioning is None else conditioning
+        steps = inversion.schedule.share(share)
+        tell = partial(_host.say, cls)
+        return io.NodeOutput(_host.store_features(model, inversion, sites, steps, storage, source, node, tell))
 
 
-NODES = [FeatureInjection]
+NODES = [FeatureInjection, StoreFeatures]

@@ -92,7 +92,7 @@ class LoadInversion(io.ComfyNode):
         except (OSError, ValueError) as error:
             raise ValueError(f"{node}: {error}") from error
         _host.check_fits(inversion, model, node, latent)
-        _host.say(cls, f"{inversion.frames} frames, {len(inversion.sigmas) - 1} steps; {inversion.quality()}")
+        _host.say(cls, f"{inversion.frames} frames, {inversion.schedule.steps} steps; {inversion.quality()}")
         return io.NodeOutput(_host.noise_of(model, inversion), inversion)
 
 

@@ -58,7 +58,7 @@ class ReconstructionCheck(io.ComfyNode):
         worst = int(back.argmin())
         vae = float(metrics.psnr(reference, clips["source"])[worst]) if vae_only is not None else None
         about = () if inversion is None else (inversion.about["refinements"], inversion.diverged)
-        text = metrics.verdict(float(back[worst]), *about, vae=vae)
+        text = verdict(float(back[worst]), *about, vae=vae)
         if inversion is not None:
             text += f" ({inversion.quality()})"
         columns = {}
@@ -162,6 +162,32 @@ def _check_alike(node, clips: dict[str, torch.Tensor]) -> None:
 def _spell(clip: torch.Tensor) -> str:
     frames, height, width, _ = clip.shape
     return f"{frames} frames of {width}x{height}"
+
+
+GOOD, FAIR = 30.0, 25.0  # dB: differences one has to look for, and differences one sees at once
+
+
+def verdict(lowest: float, refinements: int | None = None, diverged: bool = False, vae: float | None = None) -> str:
+    """In plain words: is an inversion good enough to edit on, and if not, what to change.
+
+    Args:
+        lowest: PSNR in dB of the worst frame, sampled back; against what the autoencoder leaves of it, if known.
+        refinements: of the inversion, if known. diverged: whether refining diverged at some step.
+        vae: PSNR in dB of what the autoencoder leaves of that frame, if known.
+    """
+    if lowest >= GOOD:
+        words = "Good: the clip comes back. Edit on this inversion."
+    else:
+        words = (
+            "Fair: the clip comes back with visible loss." if lowest >= FAIR else "Poor: the clip does not come back."
+        )
+        more = "steps" if diverged or (refinements or 0) >= 2 else "refinements"
+        words += (
+            f" Set more {more} in DDIM Inversion. DDIM Sampler must have the source prompt, cfg 1, and the same model."
+        )
+    if vae is not None and vae < FAIR:
+        words += " The VAE alone loses much: load larger frames."
+    return words
 
 
 NODES = [ReconstructionCheck, EditCheck]

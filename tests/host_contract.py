@@ -159,7 +159,6 @@ USES = {
     "comfy.controlnet.ControlBase": CLASS,
     "comfy.controlnet.ControlNet.cond_hint": FIELD,
     "comfy.controlnet.ControlNet.cond_hint_original": FIELD,
-    "comfy.controlnet.ControlNet.extra_args": FIELD,
     "comfy.controlnet.ControlNet.extra_concat": FIELD,
     "comfy.controlnet.ControlNet.extra_concat_orig": FIELD,
     "comfy.controlnet.ControlNet.multigpu_clones": OPTIONAL,

@@ -50,7 +50,8 @@ UNETS = {
 
 ALL = {"resnet_blocks": "0-3", "attention_blocks": "0-3"}  # of a UNet of two levels
 SITES = [*(f"resnet.{block}.0" for block in range(4)), *(f"attention.{block}.0" for block in range(4))]
-TENSORS = ("clip", "noise", "sigmas", "guesses", "residuals", "grew")  # of an inversion
+AUTO_SITES = ["resnet.0.0", *(f"attention.{block}.0" for block in range(3))]  # FLATTEN's blocks in that UNet
+TENSORS = ("clip", "latents", "sigmas", "residuals", "stopped")  # of an inversion
 
 # The strength of what is random in the answer, found by looking: enough to be seen, little enough to come back.
 LAST = 0.1
@@ -114,8 +115,18 @@ def small_lora(folder, seed: int = 0) -> str:
 def invert(nodes, model, conditioning=None, latent=None, steps=3, **settings):
     """Noise and inversion; no refinements unless asked for."""
     wires = {"model": model, "conditioning": conditioning or prompt(1), "latent": latent or latents()}
-    settings = {"sampling_steps": steps, "refinements": 0} | settings
+    settings = {"refinements": 0} | settings
     return call(nodes["DDIMInversion"], **wires, steps=steps, **settings)
+
+
+def store(nodes, model, inversion, share=1.0, **settings):
+    """The inversion out of Store Features, in memory and of every step unless told otherwise."""
+    return call(nodes["StoreFeatures"], model=model, inversion=inversion, share=share, **settings)[0]
+
+
+def store_unless_recomputed(nodes, model, inversion, storage, **settings):
+    """The same with this storage; "recompute": the inversion without features."""
+    return inversion if storage == "recompute" else store(nodes, model, inversion, storage=storage, **settings)
 
 
 def guide(nodes, model, latent=None, **settings):
@@ -126,7 +137,8 @@ def guide(nodes, model, latent=None, **settings):
 
 
 def inject(nodes, model, inversion, **settings):
-    """MODEL out of Feature Injection."""
+    """MODEL out of Feature Injection, in every step unless told otherwise."""
+    settings = {"resnet_share": 1.0, "attention_share": 1.0} | settings
     return call(nodes["FeatureInjection"], model=model, inversion=inversion, **settings)[0]
 
 
@@ -135,10 +147,10 @@ def flow(nodes, model, inversion, every=2, **settings):
     return call(nodes["TokenFlow"], model=model, inversion=inversion, every=every, **settings)[0]
 
 
-def sample(nodes, model, noise, positive=None, negative=None, steps=3, cfg=2.0):
+def sample(nodes, model, noise, positive=None, negative=None, cfg=2.0):
     """Edited latents."""
     wires = {"model": model, "noise": noise, "positive": positive or prompt(2), "negative": negative or prompt(3)}
-    return call(nodes["DDIMSampler"], **wires, steps=steps, cfg=cfg)[0]["samples"]
+    return call(nodes["DDIMSampler"], **wires, cfg=cfg)[0]["samples"]
 
 
 # --- a look at the UNet ---
@@ -211,9 +223,9 @@ def noise_like(inversion, seed=7):
 
 
 def source_at(model, inversion, step, conditioning=None, frames=slice(None)):
-    """What stands in the UNet of MODEL, without injection, at the stored guess of a step."""
+    """What stands in the UNet of MODEL, without injection, at the stored latents of a step."""
     with watched(model) as calls:
-        ask(model, inversion.guesses[step][frames], down(inversion), -2 - step, conditioning or prompt(1))
+        ask(model, inversion.latents[step][frames], down(inversion), -2 - step, conditioning or prompt(1))
     (seen,) = calls
     return seen
 
@@ -237,14 +249,13 @@ def edited_at(model, inversion, step, positive=None, negative=None, cfg=2.0):
 def keyframes_of(cove, inversion, step, every, seed=0):
     """One draw for each step before this one, from the noisiest on."""
     generator = torch.Generator().manual_seed(seed)
-    draws = len(inversion.guesses) - step
+    draws = inversion.schedule.steps - step
     return [cove.tokenflow.choose_keyframes(inversion.frames, every, generator) for _ in range(draws)][-1]
 
 
 def part_of(inversion, frames):
     """The inversion of some of the frames, without features."""
-    cut = {name: getattr(inversion, name)[frames] for name in ("clip", "noise")}
-    return replace(inversion, **cut, guesses=inversion.guesses[:, frames], features={})
+    return replace(inversion, clip=inversion.clip[frames], latents=inversion.latents[:, frames], features={})
 
 
 def joint(nodes, model):

@@ -12,7 +12,7 @@ import pytest
 
 from tests.workflow_helpers import FILES, NAMES, SMALL, api_form, choices_of, editor_form, place_clip
 
-STEPS = {"CoveDDIMInversion": {"steps": 2, "sampling_steps": 2}, "CoveDDIMSampler": {"steps": 2}}
+STEPS = {"CoveDDIMInversion": {"steps": 2}}
 
 # The page comes up with a workflow of its own; what is opened before that would be lost.
 READY = "return !!window.app?.graph?.nodes.length && 'CoveLoadFrames' in LiteGraph.registered_node_types"

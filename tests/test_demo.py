@@ -146,10 +146,10 @@ def test_fifty_steps_with_two_refinements_bring_a_clip_back(nodes, demo, guided)
             features, _ = call(nodes["DiffusionFeatures"], model=model, latent=latent, conditioning=positive)
             (matches,) = call(nodes["Correspondence"], features=features)
             (model,) = call(nodes["CorrespondenceAttention"], model=model, correspondence=matches)
-        steps = {"steps": 50, "sampling_steps": 50, "refinements": 2}
+        steps = {"steps": 50, "refinements": 2}
         noise, inversion = call(nodes["DDIMInversion"], model=model, conditioning=positive, latent=latent, **steps)
         wires = {"model": model, "positive": positive, "negative": positive, "noise": noise}
-        (back,) = call(nodes["DDIMSampler"], **wires, steps=50, cfg=1.0)
+        (back,) = call(nodes["DDIMSampler"], **wires, cfg=1.0)
         decoded = {
             "reconstruction": demo["vae"].decode(back["samples"]),
             "vae_only": demo["vae"].decode(latent["samples"]),

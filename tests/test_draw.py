@@ -6,7 +6,6 @@ from math import nextafter
 
 import pytest
 import torch
-from torch.testing import assert_close
 
 from cove.draw import (
     BLACK,
@@ -14,7 +13,6 @@ from cove.draw import (
     QUERY_COLOR,
     RING,
     contact_sheet,
-    draw_heat,
     draw_matches,
     draw_tracks,
     grid_points,
@@ -173,19 +171,6 @@ def test_a_track_joins_where_the_point_was(known):
     short = draw_tracks(images, known, [point], frame=2, tail=1)
     assert pixel(short[4], centre(0)) == (0.5, 0.5, 0.5)
     assert pixel(short[4], centre(45)) != (0.5, 0.5, 0.5)
-
-
-def test_heat_runs_from_dark_to_light():
-    images = torch.full((3, HEIGHT, WIDTH, 3), 0.5)
-    heat = torch.linspace(0, 1, 11).expand(3, 7, 11)
-    drawn = draw_heat(images, heat, opacity=1.0)
-    assert drawn.shape == images.shape
-    assert (drawn[0, 60].sum(-1).diff() >= -1e-5).all()  # brighter along x
-    assert_close(drawn[1, 50, 0], torch.tensor([0.0, 0.0, 0.3]))
-    assert_close(drawn[1, 50, -1], torch.tensor([1.0, 1.0, 0.7]))
-    assert torch.equal(draw_heat(images, heat, opacity=0.0), images)
-    with pytest.raises(ValueError, match=r"expected \[frames, rows, columns\] with the images' 3 frames"):
-        draw_heat(images, heat[:2])
 
 
 @pytest.mark.parametrize("columns, rows", [(1, 7), (3, 3), (7, 1), (20, 1), (0, 3)])

@@ -11,6 +11,7 @@ import os
 import pathlib
 import re
 import types
+from collections import namedtuple
 from collections.abc import Iterable, Iterator
 from functools import cache, partial
 
@@ -250,7 +251,7 @@ def test_every_name_imported_from_the_host_is_in_the_table():
 # --- fields and keys, which can only be told by their names ---
 
 PYTHON = (str, bytes, dict, list, tuple, set, int, float, type, OSError, pathlib.Path, os.stat_result, partial)
-PYTHON += (types.FunctionType, types.MethodType, types.CodeType, types.CellType)
+PYTHON += (types.FunctionType, types.MethodType, types.CodeType, types.CellType, namedtuple("Empty", ()))
 TORCH = (torch.Tensor, torch.nn.Module, torch.Generator, torch.Size, torch.dtype, torch.device)
 OTHERS = HOST | {"free", "hexdigest", "in_features"}  # of shutil, hashlib, torch
 OTHERS |= {"hidden_size", "ids", "post_processor", "special_tokens", "vocab_size"}  # of transformers and tokenizers

@@ -1,5 +1,6 @@
 """Inversions survive the disk whole or not at all, and their numbers say what they mean."""
 
+import json
 import math
 import os
 import subprocess
@@ -15,24 +16,26 @@ from safetensors.torch import load_file, save_file
 from cove import files
 from cove.correspondence import Correspondence
 from cove.inversion import FORMAT, Inversion, on_disk
+from cove.schedule import Schedule
 from tests.method_helpers import PEAK, ROOT, assert_same, fresh, full_disk, randn
 
 STEPS, FRAMES, CHANNELS, HEIGHT, WIDTH = 11, 3, 2, 5, 7
+SCHEDULE = Schedule(STEPS, 2)
+INVERSION_STEPS = 21
 LATENTS = (FRAMES, CHANNELS, HEIGHT, WIDTH)
-TENSORS = ["clip", "noise", "sigmas", "guesses", "residuals", "grew"]
+TENSORS = ["clip", "latents", "sigmas", "residuals", "stopped"]
 ABOUT = {"model": "a1b2", "refinements": 2, "prompt": {"width": 512, "ratio": 0.1, "name": "Fuß"}, "none": None}
 
 
 def make(**changed):
     tensors = {
         "clip": randn(*LATENTS, seed=1),
-        "noise": randn(*LATENTS, seed=2),
         "sigmas": torch.cat((torch.zeros(1), torch.logspace(-2, 1, STEPS))),
-        "guesses": randn(STEPS, *LATENTS, seed=3),
-        "residuals": torch.linspace(1e-5, 1e-4, STEPS, dtype=torch.float64),
-        "grew": torch.zeros(STEPS, dtype=torch.bool),
+        "latents": randn(STEPS, *LATENTS, seed=3),
+        "residuals": torch.linspace(1e-5, 1e-4, INVERSION_STEPS, dtype=torch.float64),
+        "stopped": torch.zeros(INVERSION_STEPS, dtype=torch.bool),
     }
-    return Inversion(**(tensors | changed))
+    return Inversion(**({"schedule": SCHEDULE} | tensors | changed))
 
 
 @pytest.fixture
@@ -47,8 +50,8 @@ def full():
     }
     conditioning = {"cond": randn(1, 31, 37, seed=4), "pooled.output": randn(1, 41, seed=5, dtype=torch.bfloat16)}
     return make(
-        residuals=torch.tensor([math.nan, *range(1, STEPS)], dtype=torch.float64),
-        grew=torch.arange(STEPS) % 3 == 0,
+        residuals=torch.tensor([math.nan, *range(1, INVERSION_STEPS)], dtype=torch.float64),
+        stopped=torch.arange(INVERSION_STEPS) % 3 == 0,
         conditioning=conditioning,
         about=ABOUT,
         features=features,
@@ -58,6 +61,7 @@ def full():
 def assert_same_inversion(found, expected):
     for name in TENSORS:
         assert_same(getattr(found, name), getattr(expected, name))
+    assert found.schedule == expected.schedule
     assert_same(found.conditioning, expected.conditioning)
     assert_same(found.features, expected.features)
     assert found.about == expected.about
@@ -82,11 +86,11 @@ def test_the_least_there_can_be_is_saved_and_loaded(tmp_path):
 
 
 def test_tensors_are_saved_whatever_their_strides(tmp_path):
-    guesses = make().guesses
-    strided = guesses.transpose(0, 4).contiguous().transpose(0, 4)
+    latents = make().latents
+    strided = latents.transpose(0, 4).contiguous().transpose(0, 4)
     assert not strided.is_contiguous()
-    make(guesses=strided).save(tmp_path / "a.safetensors")
-    assert_same(Inversion.load(tmp_path / "a.safetensors").guesses, guesses)
+    make(latents=strided).save(tmp_path / "a.safetensors")
+    assert_same(Inversion.load(tmp_path / "a.safetensors").latents, latents)
 
 
 def test_what_was_loaded_can_be_saved_over_its_own_file(full, tmp_path):
@@ -152,13 +156,15 @@ def test_a_failing_save_keeps_the_old_file(full, tmp_path, monkeypatch):
 
 
 def killed_while_saving(path):
-    """Kills an interpreter that saves 132 MiB at `path` as soon as the folder changes. Whether it was not done yet."""
+    """Kills an interpreter that saves 88 MiB at `path` as soon as the folder changes. Whether it was not done yet."""
     before = os.listdir(path.parent)
     code = f"""
 import torch
 from cove.inversion import Inversion
+from cove.schedule import Schedule
 z = torch.ones(11, 1 << 18, 2, 2)
-made = Inversion(z, z.clone(), torch.arange(2.), z[None].clone(), torch.zeros(1).double(), torch.zeros(1).bool())
+zero = torch.zeros(1)
+made = Inversion(Schedule(1), z, torch.stack([z]), torch.arange(2.), zero.double(), zero.bool())
 print("ready", flush=True)
 made.save({str(path)!r})
 print("done", flush=True)
@@ -194,6 +200,9 @@ def test_a_damaged_file_is_a_value_error(full, tmp_path, content):
         Inversion.load(path)
 
 
+GOOD = {"format": FORMAT, "about": "{}", "schedule": json.dumps({"steps": STEPS, "multiple": 2})}
+
+
 def write(path, tensors, metadata):
     save_file({name: getattr(make(), name) for name in TENSORS} | tensors, path, metadata)
 
@@ -203,9 +212,12 @@ def write(path, tensors, metadata):
     [
         (None, "holds no COVE inversion .expected format"),
         ({"about": "{}"}, "holds no COVE inversion .expected format"),
-        ({"format": "cove.inversion.2", "about": "{}"}, "holds no COVE inversion .expected format"),
+        ({**GOOD, "format": "cove.inversion.1"}, "holds no COVE inversion .expected format"),
         ({"format": FORMAT}, "is damaged"),
-        ({"format": FORMAT, "about": "{"}, "is damaged"),
+        ({**GOOD, "about": "{"}, "is damaged"),
+        ({**GOOD, "schedule": "{}"}, "do not belong to one inversion"),
+        ({**GOOD, "schedule": '{"steps": 0}'}, "is damaged"),
+        ({**GOOD, "schedule": '{"count": 3}'}, "is damaged"),
     ],
 )
 def test_wrong_metadata_is_a_value_error(tmp_path, metadata, message):
@@ -217,14 +229,14 @@ def test_wrong_metadata_is_a_value_error(tmp_path, metadata, message):
 @pytest.mark.parametrize(
     "tensors",
     [
-        {"noise": randn(*LATENTS[:-1], WIDTH + 1)},
+        {"clip": randn(*LATENTS[:-1], WIDTH + 1)},
         {f"features.{STEPS}.resnet.3.0": randn(3)},
         {"features.third.resnet.3.0": randn(3)},
         {"features": randn(3)},
     ],
 )
 def test_wrong_tensors_are_a_value_error_that_names_the_file(tmp_path, tensors):
-    write(tmp_path / "a.safetensors", tensors, {"format": FORMAT, "about": "{}"})
+    write(tmp_path / "a.safetensors", tensors, GOOD)
     with pytest.raises(ValueError, match=r"a\.safetensors"):
         Inversion.load(tmp_path / "a.safetensors")
 
@@ -233,9 +245,7 @@ def test_wrong_tensors_are_a_value_error_that_names_the_file(tmp_path, tensors):
 def test_a_file_that_lacks_a_tensor_is_a_value_error(tmp_path, name):
     path = tmp_path / "a.safetensors"
     make().save(path)
-    save_file(
-        {key: tensor for key, tensor in load_file(path).items() if key != name}, path, {"format": FORMAT, "about": "{}"}
-    )
+    save_file({key: tensor for key, tensor in load_file(path).items() if key != name}, path, GOOD)
     with pytest.raises(ValueError, match=rf"a\.safetensors is damaged.*{name}"):
         Inversion.load(path)
 
@@ -258,27 +268,29 @@ def test_a_missing_file_is_named(tmp_path):
 @pytest.mark.parametrize(
     "changed",
     [
+        {"schedule": Schedule(STEPS)},
+        {"schedule": Schedule(STEPS + 1, 2)},
         {"clip": randn(FRAMES + 1, *LATENTS[1:])},
-        {"noise": randn(FRAMES, CHANNELS, WIDTH, HEIGHT)},
         {"sigmas": torch.arange(STEPS)},
-        {"guesses": randn(STEPS + 1, *LATENTS)},
-        {"guesses": randn(STEPS, *LATENTS[1:])},
-        {"residuals": torch.zeros(STEPS - 1)},
-        {"residuals": torch.zeros(STEPS - 1), "grew": torch.zeros(STEPS - 1, dtype=torch.bool)},
-        {"grew": torch.zeros(STEPS + 1, dtype=torch.bool)},
+        {"latents": randn(STEPS + 1, *LATENTS)},
+        {"latents": randn(STEPS, *LATENTS[1:])},
+        {"residuals": torch.zeros(INVERSION_STEPS - 1)},
+        {"residuals": torch.zeros(STEPS), "stopped": torch.zeros(STEPS, dtype=torch.bool)},
+        {"stopped": torch.zeros(INVERSION_STEPS + 1, dtype=torch.bool)},
         {"features": {0: {}, STEPS: {}}},
         {"features": {-1: {}}},
     ],
 )
 def test_tensors_that_do_not_go_together_are_refused(changed):
-    with pytest.raises(ValueError, match="not of one inversion") as caught:
+    with pytest.raises(ValueError, match="do not belong to one inversion") as caught:
         make(**changed)
-    for name, thing in changed.items():
-        assert str(list(thing) if name == "features" else list(thing.shape)) in str(caught.value)
+    for thing in changed.values():
+        shown = thing.shape if isinstance(thing, torch.Tensor) else thing
+        assert str(shown if isinstance(shown, Schedule) else list(shown)) in str(caught.value)
 
 
 def test_replaced_fields_are_checked_too():
-    with pytest.raises(ValueError, match="not of one inversion"):
+    with pytest.raises(ValueError, match="do not belong to one inversion"):
         replace(make(), sigmas=torch.arange(3.0))
 
 
@@ -293,28 +305,41 @@ def test_the_step_at_a_sigma():
     assert found.step_at(0.0) is None  # no step ends there
 
 
+@pytest.mark.parametrize("multiple", [1, 2, 5])
+def test_latents_of_the_sampling_grid_are_kept(multiple):
+    schedule = Schedule(3, multiple)
+    count = len(schedule.inversion)
+    every = randn(count, *LATENTS)
+    sigmas = torch.arange(count + 1.0)
+    numbers = {"residuals": torch.zeros(count), "stopped": torch.zeros(count, dtype=torch.bool)}
+    found = Inversion.of_steps(schedule, randn(*LATENTS), list(every), sigmas, **numbers)
+    assert torch.equal(found.latents, every[[0, multiple, 2 * multiple]])
+    assert found.sigmas.tolist() == [0, 1, 1 + multiple, 1 + 2 * multiple]
+    assert torch.equal(found.noise, every[-1])
+
+
 def test_only_what_grew_and_not_by_rounding_diverged():
-    grew = torch.zeros(STEPS, dtype=torch.bool)
-    grew[[2, 5, 7]] = True
-    residuals = torch.full((STEPS,), 0.5, dtype=torch.float64)
+    stopped = torch.zeros(INVERSION_STEPS, dtype=torch.bool)
+    stopped[[2, 5, 7]] = True
+    residuals = torch.full((INVERSION_STEPS,), 0.5, dtype=torch.float64)
     residuals[5] = 1e-4
-    assert make(residuals=residuals, grew=grew).diverged == [2, 7]
+    assert make(residuals=residuals, stopped=stopped).diverged == [2, 7]
     assert make(residuals=residuals).diverged == []
     assert make(residuals=residuals * math.nan).diverged == []
 
 
 def test_quality_is_one_line_on_the_worst_step():
-    residuals = torch.full((STEPS,), 1e-5, dtype=torch.float64)
+    residuals = torch.full((INVERSION_STEPS,), 1e-5, dtype=torch.float64)
     residuals[4] = 0.025
-    grew = torch.arange(STEPS) == 4
-    worst = "largest residual 2.5e-02, at step 5 of 11"
+    steps = torch.arange(INVERSION_STEPS)
+    worst = "largest residual 2.5e-02, at step 5 of 21"
     assert make(residuals=residuals).quality() == worst
-    assert make(residuals=residuals, grew=grew | (torch.arange(STEPS) == 2)).quality() == (
-        f"{worst}; refining diverged at 1 steps, from step 5, and kept the best of each"
+    assert make(residuals=residuals, stopped=(steps == 4) | (steps == 2)).quality() == (
+        f"{worst}; refining diverged in 1 steps, first in step 5, and was undone there"
     )
     residuals[2] = 0.02
-    assert "diverged at 2 steps, from step 3," in make(residuals=residuals, grew=grew | (residuals == 0.02)).quality()
-    assert make(residuals=residuals * math.nan).quality().startswith("no refinements")
+    stopped = (steps == 4) | (steps == 2)
+    assert "diverged in 2 steps, first in step 3," in make(residuals=residuals, stopped=stopped).quality()
 
 
 # --- tensors on disk ---

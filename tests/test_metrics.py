@@ -7,7 +7,7 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch.testing import assert_close
 
-from cove.metrics import psnr, ssim, verdict
+from cove.metrics import psnr, ssim
 from tests.method_helpers import DEVICES, randn
 
 SHAPE = FRAMES, HEIGHT, WIDTH, CHANNELS = 5, 13, 17, 3
@@ -128,40 +128,3 @@ def test_ssim_refuses_other_shapes_and_frames_that_are_too_small(shape):
     with pytest.raises(ValueError, match="11x11") as caught:
         ssim(torch.zeros(shape), torch.zeros(shape))
     assert str(list(shape)) in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("decibels", "word"),
-    [(math.inf, "Good"), (45, "Good"), (30, "Good"), (29.9, "Fair"), (25, "Fair"), (24.9, "Poor"), (3, "Poor")],
-)
-def test_verdict_on_the_worst_frame(decibels, word):
-    text = verdict(decibels)
-    assert text.startswith(f"{word}: ")
-    assert ("Edit on this inversion" in text) == (word == "Good")
-    assert ("Set more" in text) == (word != "Good")
-
-
-@pytest.mark.parametrize("decibels", [27, 20])
-@pytest.mark.parametrize(
-    ("refinements", "diverged", "more"),
-    [
-        (None, False, "refinements"),
-        (0, False, "refinements"),
-        (1, False, "refinements"),
-        (2, False, "steps"),
-        (5, False, "steps"),
-        (1, True, "steps"),  # more refinements would diverge as well
-        (None, True, "steps"),
-    ],
-)
-def test_verdict_says_what_to_set(decibels, refinements, diverged, more):
-    text = verdict(decibels, refinements, diverged)
-    assert f"Set more {more} in DDIM Inversion" in text
-    assert "source prompt, cfg 1, and the same model" in text
-
-
-@pytest.mark.parametrize("decibels", [40, 27, 20])
-@pytest.mark.parametrize(("vae", "told"), [(None, False), (40, False), (25, False), (24.9, True), (10, True)])
-def test_verdict_tells_what_the_vae_loses(decibels, vae, told):
-    assert ("VAE alone loses much" in verdict(decibels, vae=vae)) == told
-    assert verdict(decibels, vae=vae).startswith(verdict(decibels))

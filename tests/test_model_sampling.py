@@ -157,9 +157,9 @@ def test_inversion_follows_the_closed_form_and_sampling_returns_the_clip(sampled
         noise, inversion = invert(nodes, model, latent={"samples": clip}, steps=steps, refinements=2)
         exact = inversion.clip * (1 + (inversion.sigmas[-1] / spread) ** 2).sqrt()
         error.append(float((inversion.noise - exact).norm() / exact.norm()))
-        back = call(
-            nodes["DDIMSampler"], model=model, noise=noise, positive=prompt(1), negative=prompt(1), steps=steps, cfg=1.0
-        )[0]["samples"]
+        back = call(nodes["DDIMSampler"], model=model, noise=noise, positive=prompt(1), negative=prompt(1), cfg=1.0)[0][
+            "samples"
+        ]
         # Against SD's own sampling, nothing is lost by another model sampling.
         assert (back - clip).norm() < 0.05 * (clip - clip.mean((0, 2, 3), keepdim=True)).norm()
     # Of first order: four times the steps leave a quarter of the error.
@@ -175,9 +175,10 @@ def everywhere(nodes, model):
         "Diffusion Features": lambda: call(nodes["DiffusionFeatures"], model=model, latent=latents()),
         "Correspondence Attention": lambda: call(nodes["CorrespondenceAttention"], model=model),
         "DDIM Inversion": lambda: invert(nodes, model),
-        "DDIM Sampler": lambda: call(nodes["DDIMSampler"], model=model, steps=3, **wires),
-        "DDIM Sampler (for SamplerCustomAdvanced)": lambda: call(nodes["DDIMSamplerSelect"], model=model, steps=3),
+        "DDIM Sampler": lambda: call(nodes["DDIMSampler"], model=model, **wires),
+        "DDIM Sampler (for SamplerCustomAdvanced)": lambda: call(nodes["DDIMSamplerSelect"], model=model, noise=noise),
         "Feature Injection": lambda: call(nodes["FeatureInjection"], model=model, inversion=inversion),
+        "Store Features": lambda: call(nodes["StoreFeatures"], model=model, inversion=inversion),
         "TokenFlow": lambda: call(nodes["TokenFlow"], model=model, inversion=inversion),
     }
 
@@ -194,21 +195,26 @@ def test_unet_of_refuses_what_is_not_denoised_from_latents_plus_noise(small, sam
 @pytest.mark.parametrize("name", ["ModelSamplingDiscrete lcm", "zsnr lcm"])
 def test_sigmas_at_refuses_more_steps_than_a_distilled_model_has(sampled, nodes, name):
     """LCM keeps every twentieth timestep; 52 steps are the most whose first two differ."""
-    model = sampled(name)
-    wires = {"positive": prompt(1), "negative": prompt(2), "noise": latents()}
+    model, clip = sampled(name), latents(1)
+    wires = {"positive": prompt(1), "negative": prompt(2)}
+    noises = {steps: invert(nodes, tiny(), steps=steps, latent=clip)[0] for steps in (53, 100)}
     for node, run in {
-        "DDIM Inversion": lambda steps: invert(nodes, model, steps=steps, latent=latents(1)),
-        "DDIM Sampler": lambda steps: call(nodes["DDIMSampler"], model=model, steps=steps, **wires),
+        "DDIM Inversion": lambda steps: invert(nodes, model, steps=steps, latent=clip),
+        "DDIM Sampler": lambda steps: call(nodes["DDIMSampler"], model=model, noise=noises[steps], **wires),
         "DDIM Sampler (for SamplerCustomAdvanced)": lambda steps: call(
-            nodes["DDIMSamplerSelect"], model=model, steps=steps
+            nodes["DDIMSamplerSelect"], model=model, noise=noises[steps]
         ),
     }.items():
-        with refused(node, "at most 52 steps", "ModelSamplingDiscreteDistilled and LCM"):
+        with refused(node, "at most 52 steps (`steps` times `multiple`)", "ModelSamplingDiscreteDistilled and LCM"):
             run(100)
         with refused(node, "at most 52 steps"):
             run(53)
-    _, sigmas = call(nodes["DDIMSamplerSelect"], model=model, steps=52)
-    assert (sigmas[:-1] > sigmas[1:]).all()
+    with refused("DDIM Inversion", "at most 52 steps"):
+        invert(nodes, model, steps=27, multiple=2, latent=clip)
+    for steps, multiple in ((52, 1), (26, 2)):
+        noise, _ = invert(nodes, model, steps=steps, multiple=multiple, latent=clip)
+        _, sigmas = call(nodes["DDIMSamplerSelect"], model=model, noise=noise)
+        assert len(sigmas) == steps + 1 and (sigmas[:-1] > sigmas[1:]).all()
 
 
 def test_load_inversion_uses_the_present_latent_format(sampled, small, nodes):

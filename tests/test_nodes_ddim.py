@@ -25,21 +25,19 @@ def invert(nodes):
     """MODEL, CONDITIONING, LATENT, steps -> noise."""
 
     def inverted(model, conditioning, latent, steps=3, **settings):
-        settings = {"sampling_steps": steps, **settings}
-        return call(
-            nodes["DDIMInversion"], model=model, conditioning=conditioning, latent=latent, steps=steps, **settings
-        )[0]
+        wires = {"model": model, "conditioning": conditioning, "latent": latent}
+        return call(nodes["DDIMInversion"], **wires, steps=steps, **settings)[0]
 
     return inverted
 
 
 @pytest.fixture
 def sample(nodes):
-    """MODEL, positive, negative, noise, steps, cfg -> LATENT."""
+    """MODEL, positive, negative, noise, cfg -> LATENT."""
 
-    def sampled(model, positive, negative, noise, steps=3, cfg=1.0):
+    def sampled(model, positive, negative, noise, cfg=1.0):
         wires = {"model": model, "positive": positive, "negative": negative, "noise": noise}
-        return call(nodes["DDIMSampler"], **wires, steps=steps, cfg=cfg)[0]
+        return call(nodes["DDIMSampler"], **wires, cfg=cfg)[0]
 
     return sampled
 
@@ -69,8 +67,8 @@ def test_chain_runs_on_every_family(load, guide, invert, sample, kind, size, att
         assert grid == ((-(-height // 2), -(-width // 2)) if half else size)
         source, edit = prompt(1, kind), prompt(2, kind)
         noise = invert(guided, source, latent, 2, refinements=0)
-        edited = sample(guided, edit, source, noise, 2, cfg=2.0)["samples"]
-        plain = sample(model, edit, source, noise, 2, cfg=2.0)["samples"]
+        edited = sample(guided, edit, source, noise, cfg=2.0)["samples"]
+        plain = sample(model, edit, source, noise, cfg=2.0)["samples"]
         assert edited.shape == latent["samples"].shape and edited.isfinite().all()
         assert (edited - plain).abs().mean() > 1e-3
         assert state_of(model) == state
@@ -88,13 +86,18 @@ def test_inversion_and_sampling_give_the_clip_back(sd15, guide, invert, sample):
     for refinements in (0, 1, 3):
         noise = invert(guided, prompt(1), latent, 5, refinements=refinements)
         assert noise["samples"].std() > 20  # noise of the size that sampling starts from, in the autoencoder's scale
-        lost.append(distance(latent, sample(guided, prompt(1), prompt(2), noise, 5)))
+        lost.append(distance(latent, sample(guided, prompt(1), prompt(2), noise)))
     assert lost[1] < lost[0] / 2 and lost[2] < lost[1] / 2 and lost[2] < 0.05
 
 
-def test_twice_the_inversion_steps_start_sampling_at_the_same_noise_level(sd15, invert, sample):
-    noise = invert(sd15, prompt(1), latents(), 4, sampling_steps=2)
-    assert sample(sd15, prompt(1), prompt(2), noise, 2)["samples"].isfinite().all()
+def test_ddim_sampler_starts_where_a_finer_inversion_ended(sd15, invert, sample):
+    """It loses more than an inversion of the very steps that sampling takes."""
+    latent, lost = latents(), []
+    for multiple in (1, 3):
+        noise = invert(sd15, prompt(1), latent, 3, multiple=multiple, refinements=3)
+        assert len(noise["cove_sigmas"]) == 4
+        lost.append(distance(latent, sample(sd15, prompt(1), prompt(2), noise)))
+    assert 3 * lost[0] < lost[1] < 1
 
 
 # --- the stock counterparts ---
@@ -107,7 +110,7 @@ def test_sampler_equals_its_parts_and_cores_euler(comfy, sd15, nodes, guide, inv
     guided = guide(sd15, latent)
     noise = invert(guided, prompt(1), latent, refinements=0)
     expected = sample(guided, prompt(2), prompt(3), noise, cfg=3.0)
-    sampler, sigmas = call(nodes["DDIMSamplerSelect"], model=guided, steps=3, noise=noise)
+    sampler, sigmas = call(nodes["DDIMSamplerSelect"], model=guided, noise=noise)
 
     def advanced(sampler):
         (guider,) = run_stock(custom.CFGGuider, guided, prompt(2), prompt(3), 3.0)
@@ -127,7 +130,7 @@ def test_running_twice_gives_the_same_and_touches_no_random_state(sd15, guide, i
 
     def run():
         guided = guide(sd15, latent)
-        return sample(guided, prompt(2), prompt(3), invert(guided, prompt(1), latent, 2), 2, cfg=2.0)["samples"]
+        return sample(guided, prompt(2), prompt(3), invert(guided, prompt(1), latent, 2), cfg=2.0)["samples"]
 
     assert torch.equal(run(), run())
     assert torch.equal(torch.random.get_rng_state(), random)
@@ -138,7 +141,7 @@ def test_latent_keeps_what_else_it_carries(sd15, invert, sample):
     latent = latents() | {"batch_index": [4, 5, 6]}
     noise = invert(sd15, prompt(1), latent, 1, refinements=0)
     assert noise["batch_index"] == [4, 5, 6]
-    assert set(sample(sd15, prompt(1), prompt(1), noise, 1)) == {"samples", "batch_index"}
+    assert set(sample(sd15, prompt(1), prompt(1), noise)) == {"samples", "batch_index"}
     assert set(latent) == {"samples", "batch_index"}
 
 
@@ -150,7 +153,7 @@ def test_controlnet_takes_one_hint_a_frame(sd15, guide, invert, sample, control)
     guided = guide(sd15, latent)
 
     def edit(source, target):
-        return sample(guided, target, prompt(3), invert(guided, source, latent, 2, refinements=0), 2, cfg=2.0)
+        return sample(guided, target, prompt(3), invert(guided, source, latent, 2, refinements=0), cfg=2.0)
 
     plain = edit(prompt(1), prompt(2))
     in_inversion = edit(control(prompt(1), hints()), prompt(2))
@@ -187,11 +190,11 @@ def test_progress_and_preview_come_at_every_step(comfy, sd15, invert, sample, mo
 
     monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", hear)
     monkeypatch.setattr(latent_preview.args, "preview_method", latent_preview.LatentPreviewMethod.Latent2RGB)
-    noise = invert(sd15, prompt(1), latents(1), 4, sampling_steps=2)
-    # A grid of 4 goes 1, 251, 501, 751; sampling with 2 steps starts at 501.
+    noise = invert(sd15, prompt(1), latents(1), 2, multiple=2)
+    # Timesteps 1, 251, 501; sampling with 2 steps starts at 501.
     assert told == [(1, 3), (2, 3), (3, 3)]
     told.clear()
-    sample(sd15, prompt(1), prompt(1), noise, 2)
+    sample(sd15, prompt(1), prompt(1), noise)
     assert told == [(1, 2), (2, 2)]
     assert pictures == [(WIDTH, HEIGHT)] * 5
 

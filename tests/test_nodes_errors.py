@@ -33,9 +33,9 @@ def guide(nodes, correspondence):
 def invert(nodes):
     """MODEL and settings -> noise."""
 
-    def inverted(model, latent=None, conditioning=None, steps=2, sampling_steps=2, refinements=0):
+    def inverted(model, latent=None, conditioning=None, steps=2, multiple=1, refinements=0):
         wires = {"model": model, "conditioning": conditioning or prompt(1), "latent": latent or latents()}
-        numbers = {"steps": steps, "sampling_steps": sampling_steps, "refinements": refinements}
+        numbers = {"steps": steps, "multiple": multiple, "refinements": refinements}
         return call(nodes["DDIMInversion"], **wires, **numbers)[0]
 
     return inverted
@@ -45,9 +45,9 @@ def invert(nodes):
 def sample(nodes):
     """MODEL, noise and settings -> LATENT."""
 
-    def sampled(model, noise, positive=None, steps=2, cfg=1.0):
+    def sampled(model, noise, positive=None, cfg=1.0):
         wires = {"model": model, "noise": noise, "positive": positive or prompt(1), "negative": prompt(2)}
-        return call(nodes["DDIMSampler"], **wires, steps=steps, cfg=cfg)[0]
+        return call(nodes["DDIMSampler"], **wires, cfg=cfg)[0]
 
     return sampled
 
@@ -73,7 +73,7 @@ def applied(node, *arguments):
 # --- models ---
 
 
-def test_transformer_model(comfy, nodes, correspondence):
+def test_nodes_refuse_a_transformer_model(comfy, nodes, correspondence):
     model = transformer()
     latent = {"samples": torch.zeros(FRAMES, 16, 5, 7)}
     wrong = ("Flux", "expected a Stable Diffusion UNet", "Load such a checkpoint")
@@ -86,7 +86,10 @@ def test_transformer_model(comfy, nodes, correspondence):
     with refused("DDIM Sampler", *wrong):
         call(nodes["DDIMSampler"], model=model, positive=prompt(), negative=prompt(), noise=latent)
     with refused("DDIM Sampler (for SamplerCustomAdvanced)", *wrong):
-        call(nodes["DDIMSamplerSelect"], model=model)
+        call(nodes["DDIMSamplerSelect"], model=model, noise=latent)
+    for name, node in (("Feature Injection", "FeatureInjection"), ("Store Features", "StoreFeatures")):
+        with refused(name, *wrong):
+            call(nodes[node], model=model, inversion=None)
 
 
 def test_features_of_a_model_that_is_guided_already(sd15, nodes, guide):
@@ -177,13 +180,14 @@ def test_latents_of_another_kind_of_model(sd15, invert, nodes):
             call(nodes["DiffusionFeatures"], model=sd15, latent={"samples": samples})
 
 
-def test_hints_of_other_frames(sd15, guide, control, invert, sample):
+def test_nodes_refuse_hints_of_other_frames(sd15, guide, control, invert, sample):
     wrong = ("2 hint images for 3 frames", "one image, or one for each frame")
     two = control(prompt(1), hints(2))
     with refused("DDIM Inversion", *wrong):
         invert(sd15, conditioning=two)
+    noise = invert(sd15)
     with refused("DDIM Sampler", *wrong):
-        sample(sd15, latents(), two)
+        sample(sd15, noise, two)
     with refused(ATTENTION, *wrong):  # in a stock sampler
         predict(guide(sd15), latents(), prompt(1), [*prompt(2), *two], cfg=2.0)
     three_before_two = control(control(prompt(1), hints(2)), hints(3))
@@ -201,66 +205,75 @@ def test_features_of_a_model_with_motion_modules(sd15, nodes):
 # --- inversion and sampling that do not meet ---
 
 
-def test_grids_that_do_not_meet(sd15, load, nodes, invert, sample):
-    wrong = (
-        "3 inversion steps (timesteps 1, 334, 667)",
-        "miss 1 of the",
-        "2 sampling steps (1, 501)",
-        "miss none: 2, 4",
-    )
-    with refused("DDIM Inversion", *wrong):
-        invert(sd15, steps=3, sampling_steps=2)
-    noise = invert(sd15, steps=2, sampling_steps=2)
-    wrong = ("inversion ended at sigma", "(2 steps)", "sampling starts at sigma", "(3 steps)", "to 3")
-    with refused("DDIM Sampler", *wrong):
-        sample(sd15, noise, steps=3)
-    with refused("DDIM Sampler (for SamplerCustomAdvanced)", *wrong):
-        call(nodes["DDIMSamplerSelect"], model=sd15, noise=noise, steps=3)
-    call(nodes["DDIMSamplerSelect"], model=sd15, noise=noise, steps=2)
+@pytest.mark.parametrize(("steps", "multiple"), [(1000, 1), (500, 2), (50, 20)])
+def test_ddim_inversion_refuses_more_steps_than_timesteps(sd15, invert, steps, multiple):
+    with refused("DDIM Inversion", "together at most 999 steps", f"got {steps} steps times {multiple}"):
+        invert(sd15, steps=steps, multiple=multiple)
 
 
-def test_noise_mask(sd15, invert, sample, nodes):
-    masked = latents() | {"noise_mask": torch.ones(1, 40, 56)}
+def test_samplers_refuse_noise_of_another_model_sampling(comfy, sd15, nodes, invert, sample):
+    from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
+
+    rescaled = run_stock(ModelSamplingDiscrete, sd15, "eps", True)[0]
+    sigmas = [float(model.get_model_object("model_sampling").sigmas[501]) for model in (sd15, rescaled)]
+    for one, other, inverted, sampled in ((sd15, rescaled, *sigmas), (rescaled, sd15, *sigmas[::-1])):
+        noise = invert(one)
+        wrong = (
+            f"the inversion ended at sigma {inverted:.4f}",
+            f"the same timestep of this model has sigma {sampled:.4f}",
+            "Sample with the checkpoint and the model sampling that inverted the clip",
+        )
+        with refused("DDIM Sampler", *wrong):
+            sample(other, noise)
+        with refused("DDIM Sampler (for SamplerCustomAdvanced)", *wrong):
+            call(nodes["DDIMSamplerSelect"], model=other, noise=noise)
+        call(nodes["DDIMSamplerSelect"], model=one, noise=noise)
+
+
+def test_nodes_refuse_a_noise_mask(sd15, invert, sample, nodes):
+    mask = {"noise_mask": torch.ones(1, 40, 56)}
     wrong = ("expected latents without a noise mask", "Take the mask off", "ImageCompositeMasked")
     with refused("DDIM Inversion", *wrong):
-        invert(sd15, masked)
+        invert(sd15, latents() | mask)
+    noise = invert(sd15) | mask
     with refused("DDIM Sampler", *wrong):
-        sample(sd15, masked)
+        sample(sd15, noise)
     with refused("DDIM Sampler (for SamplerCustomAdvanced)", *wrong):
-        call(nodes["DDIMSamplerSelect"], model=sd15, noise=masked)
+        call(nodes["DDIMSamplerSelect"], model=sd15, noise=noise)
 
 
 # --- NaN ---
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_latents_that_are_not_finite(sd15, nodes, invert, sample, value):
-    broken = latents()
+def test_nodes_refuse_latents_that_are_not_finite(sd15, nodes, invert, sample, value):
+    noise, broken = invert(sd15), latents()
     broken["samples"][1, 2, 3, 4] = value
     wrong = ("expected finite numbers", "NaN or Inf in the latents that came in, frames [1]", "Look at the node before")
     with refused("DDIM Inversion", *wrong):
         invert(sd15, broken)
     with refused("DDIM Sampler", *wrong):
-        sample(sd15, broken)
+        sample(sd15, noise | broken)
     with refused("Diffusion Features", *wrong):
         call(nodes["DiffusionFeatures"], model=sd15, latent=broken)
 
 
-def test_nan_stops_at_its_step(comfy, sd15, guide, invert, sample):
+def test_ddim_inversion_and_sampler_stop_at_the_step_that_gave_nan(comfy, sd15, guide, invert, sample):
     steps = []
 
     def break_second_step(seen):
         steps.append(float(seen["sigma"][0]))
         return seen["denoised"] * (torch.nan if len(steps) == 2 else 1.0)
 
+    noise = invert(guide(sd15), steps=3)
     model = guide(sd15)
     model.set_model_sampler_post_cfg_function(break_second_step)
     with refused("DDIM Inversion", "inversion step 2 of 3 (sigma ", "fp32", error=FloatingPointError):
-        invert(model, steps=3, sampling_steps=3)
+        invert(model, steps=3)
     assert len(steps) == 2
     steps.clear()
     with refused("DDIM Sampler", "NaN or Inf", "sampling step 2 of 3", "frames [0, 1, 2]", error=FloatingPointError):
-        sample(model, latents(), steps=3)
+        sample(model, noise)
     assert len(steps) == 2
 
 

@@ -9,14 +9,18 @@ from torch.testing import assert_close
 from tests.helpers import FRAMES, HEIGHT, WIDTH, latents, prompt, set_free_memory, state_of
 from tests.inversion_helpers import (
     ALL,
+    AUTO_SITES,
     SITES,
     ask,
     down,
     edited_at,
     inject,
     invert,
+    noise_like,
     sample,
     source_at,
+    store,
+    store_unless_recomputed,
     tiny,
     watched,
     windows_in,
@@ -28,14 +32,14 @@ from tests.random_models import FAMILIES
 
 
 @pytest.mark.parametrize("storage", ["recompute", "memory", "disk"])
-def test_every_site_gets_what_the_source_had_there_at_that_sigma(small, nodes, storage):
-    _, inversion = invert(nodes, small, storage=storage, feature_steps=3, refinements=1, **ALL)
-    model = inject(nodes, small, inversion, **ALL)
+def test_feature_injection_injects_the_source_at_every_site(small, nodes, storage):
+    """Those that Store Features stores, and those that are recomputed beside them."""
+    _, inversion = invert(nodes, small, refinements=1)
+    model = inject(nodes, small, store_unless_recomputed(nodes, small, inversion, storage), **ALL)
     found = []
     for step in range(3):
         source = source_at(small, inversion, step)
         calls, _ = edited_at(model, inversion, step)
-        assert len(calls) == (2 if storage == "recompute" else 1)
         assert sorted(source.at) == sorted(SITES)
         for site in SITES:
             positive, negative = calls[-1].at[site].chunk(2)
@@ -44,16 +48,19 @@ def test_every_site_gets_what_the_source_had_there_at_that_sigma(small, nodes, s
     assert all(not torch.equal(found[0][site], found[2][site]) for site in SITES)
 
 
-@pytest.mark.parametrize("storage", ["recompute", "memory"])
-def test_what_is_stored_is_what_stood_there_in_the_inversion(small, nodes, storage):
-    with watched(small) as calls:
-        _, inversion = invert(nodes, small, storage=storage, feature_steps=3, refinements=2, **ALL)
-    assert sorted(inversion.features) == ([] if storage == "recompute" else [0, 1, 2])
-    for step, features in inversion.features.items():
+@pytest.mark.parametrize("storage", ["memory", "disk"])
+@pytest.mark.parametrize("multiple", [1, 2])
+def test_store_features_stores_the_source_of_every_sampling_step(small, nodes, storage, multiple):
+    _, inversion = invert(nodes, small, refinements=2, multiple=multiple)
+    stored = store(nodes, small, inversion, storage=storage)
+    assert not inversion.features and sorted(stored.features) == [0, 1, 2]
+    for step, features in stored.features.items():
         source = source_at(small, inversion, step)
-        (same,) = [seen for seen in calls if torch.equal(seen.latents, source.latents)]
-        assert features.keys() == set(SITES)
-        assert all(torch.equal(features[site], same.at[site]) for site in SITES)
+        assert features.keys() == set(AUTO_SITES)
+        assert all(torch.equal(features[site], source.at[site]) for site in AUTO_SITES)
+    with watched(small) as calls:
+        edited_at(inject(nodes, small, stored), inversion, 1)
+    assert len(calls) == 1  # the source is not run
 
 
 def test_queries_and_keys_are_put_back_and_values_are_not(small, nodes):
@@ -73,9 +80,9 @@ def test_queries_and_keys_are_put_back_and_values_are_not(small, nodes):
     assert not any(torch.equal(seen.at[other], source.at[other]) for other in after)
 
 
-def test_each_kind_ends_after_its_steps(small, nodes):
+def test_feature_injection_ends_after_its_share_of_the_steps(small, nodes):
     _, inversion = invert(nodes, small, steps=5)
-    model = inject(nodes, small, inversion, resnet_steps=2, attention_steps=4, **ALL)
+    model = inject(nodes, small, inversion, resnet_share=0.4, attention_share=0.8, **ALL)
     for sampled in range(5):
         step = 4 - sampled
         source, (calls, _) = source_at(small, inversion, step), edited_at(model, inversion, step, cfg=1.0)
@@ -88,7 +95,7 @@ def test_each_kind_ends_after_its_steps(small, nodes):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"resnet_steps": 0, "attention_steps": 0}, {"resnet_blocks": "none", "attention_blocks": "none"}],
+    [{"resnet_share": 0.0, "attention_share": 0.0}, {"resnet_blocks": "none", "attention_blocks": "none"}],
 )
 def test_no_steps_or_no_blocks_is_plain_sampling(small, nodes, settings):
     noise, inversion = invert(nodes, small)
@@ -99,18 +106,28 @@ def test_no_steps_or_no_blocks_is_plain_sampling(small, nodes, settings):
 
 
 @pytest.mark.parametrize("storage", ["recompute", "memory"])
-def test_coarser_sampling_meets_the_inversion_at_the_sigmas_they_share(small, nodes, storage):
-    noise, inversion = invert(nodes, small, steps=8, sampling_steps=4, storage=storage, feature_steps=4, **ALL)
-    assert len(inversion.sigmas) == 8  # timesteps 1, 126, ..., 751
-    assert sorted(inversion.features) == ([] if storage == "recompute" else [0, 2, 4, 6])
-    model = inject(nodes, small, inversion, **ALL)
+def test_feature_injection_meets_a_finer_inversion_at_every_sampling_step(small, nodes, storage):
+    noise, inversion = invert(nodes, small, steps=4, multiple=2)
+    assert len(inversion.residuals) == 7 and len(inversion.sigmas) == 5  # timesteps 1, 126, ..., 751
+    model = inject(nodes, small, store_unless_recomputed(nodes, small, inversion, storage))
     with watched(small) as calls:
-        sample(nodes, model, noise, steps=4)
+        sample(nodes, model, noise)
     edits = [seen for seen in calls if len(seen.options["cond_or_uncond"]) == 2]
     assert len(edits) == 4
-    for step, seen in zip((6, 4, 2, 0), edits, strict=True):
+    for step, seen in zip((3, 2, 1, 0), edits, strict=True):
         source = source_at(small, inversion, step)
-        assert all(torch.equal(seen.at[site][:FRAMES], source.at[site]) for site in SITES)
+        assert all(torch.equal(seen.at[site][:FRAMES], source.at[site]) for site in AUTO_SITES)
+
+
+@pytest.mark.parametrize("start", [0, 1, 3])
+def test_feature_injection_counts_its_share_from_the_first_step_of_the_schedule(small, nodes, start):
+    """A run that starts later in the schedule injects at the same sigmas."""
+    _, inversion = invert(nodes, small, steps=5)
+    model = inject(nodes, small, inversion, resnet_share=0.6, attention_share=0.6, **ALL)
+    for sampled in range(start, 5):
+        with watched(small) as calls:
+            ask(model, noise_like(inversion), down(inversion)[start:], sampled - start, prompt(2))
+        assert len(calls) == (2 if sampled < 3 else 1)
 
 
 # --- the real decoders, and the loaders' models ---
@@ -124,7 +141,8 @@ def test_auto_is_flattens_blocks_in_a_decoder_of_full_depth(load, nodes, kind, r
     with torch.inference_mode():
         model, state = tiny(kind), state_of(tiny(kind))
         source, edit = prompt(1, kind), prompt(2, kind)
-        _, inversion = invert(nodes, model, source, steps=2, storage="memory", feature_steps=1)
+        _, inversion = invert(nodes, model, source, steps=2)
+        inversion = store(nodes, model, inversion, share=0.5)
         assert list(inversion.features) == [1]
         named = {f"resnet.{block}.0" for block in resnets}
         for block in attentions:
@@ -149,15 +167,15 @@ def test_auto_is_flattens_blocks_in_a_decoder_of_full_depth(load, nodes, kind, r
 def test_every_family_comes_back_unchanged_and_edits_changed(load, nodes, kind, blocks):
     with torch.inference_mode():
         model, state = load(kind), state_of(load(kind))
-        settings = {"resnet_blocks": blocks, "resnet_steps": 1, "attention_blocks": blocks, "attention_steps": 1}
+        settings = {"resnet_blocks": blocks, "attention_blocks": blocks}
         latent, source, edit = latents(2), prompt(1, kind), prompt(2, kind)
         noise, inversion = invert(nodes, model, source, latent, steps=1)
         injected = inject(nodes, model, inversion, **settings)
-        asked = (inversion.guesses[0], down(inversion), 0)
+        asked = (inversion.latents[0], down(inversion), 0)
         assert torch.equal(ask(injected, *asked, source), ask(model, *asked, source))
         assert not torch.equal(ask(injected, *asked, edit), ask(model, *asked, edit))
         # One step with guidance: the whole chain through the nodes.
-        assert sample(nodes, injected, noise, edit, prompt(3, kind), steps=1).isfinite().all()
+        assert sample(nodes, injected, noise, edit, prompt(3, kind)).isfinite().all()
         assert state_of(model) == state
 
 
@@ -165,23 +183,23 @@ def test_every_family_comes_back_unchanged_and_edits_changed(load, nodes, kind, 
 
 
 @pytest.mark.parametrize("storage", ["recompute", "memory", "disk"])
-def test_asked_at_its_own_guesses_the_source_is_not_changed_by_one_bit(small, nodes, storage):
-    _, inversion = invert(nodes, small, steps=5, storage=storage, refinements=2, **ALL)
-    model = inject(nodes, small, inversion, **ALL)
+def test_feature_injection_leaves_the_source_at_its_own_latents(small, nodes, storage):
+    _, inversion = invert(nodes, small, steps=5, refinements=2)
+    model = inject(nodes, small, store_unless_recomputed(nodes, small, inversion, storage))
     for step in range(5):
-        asked = (inversion.guesses[step], down(inversion), 4 - step, prompt(1))
+        asked = (inversion.latents[step], down(inversion), 4 - step, prompt(1))
         with watched(small) as calls:
             assert torch.equal(ask(model, *asked), ask(small, *asked))
         assert len(calls) == (3 if storage == "recompute" else 2)
 
 
 def test_sampling_the_source_back_is_the_same_with_injection(small, nodes):
-    """As exactly as the guesses are those that sampling comes by."""
+    """As exactly as sampling comes by the latents of the inversion."""
     noise, inversion = invert(nodes, small, steps=7, refinements=10)
     model = inject(nodes, small, inversion, **ALL)
-    plain = sample(nodes, small, noise, prompt(1), steps=7, cfg=1.0)
-    back = sample(nodes, model, noise, prompt(1), steps=7, cfg=1.0)
-    edit, kept = (sample(nodes, each, noise, steps=7) for each in (small, model))
+    plain = sample(nodes, small, noise, prompt(1), cfg=1.0)
+    back = sample(nodes, model, noise, prompt(1), cfg=1.0)
+    edit, kept = (sample(nodes, each, noise) for each in (small, model))
     lost = (plain - latents()["samples"]).norm()
     assert (back - plain).norm() < 2 * lost < 1e-3 * plain.norm()
     assert (kept - edit).norm() > 0.05 * edit.norm()
@@ -274,12 +292,13 @@ def test_context_windows_get_the_features_of_their_frames(small, nodes, order):
 @pytest.mark.parametrize("order", ["core before", "core after", "evolved before", "evolved after"])
 def test_stored_features_serve_context_windows(small, nodes, order):
     """Where frames do not see one another, those of a window have the features that they had in the clip."""
-    _, inversion = invert(nodes, small, latent=latents(5), steps=4, storage="memory", **ALL)
-    model = windows_of(small, order, lambda model: inject(nodes, model, inversion, **ALL))
+    _, inversion = invert(nodes, small, latent=latents(5), steps=4)
+    inversion = store(nodes, small, inversion)
+    model = windows_of(small, order, lambda model: inject(nodes, model, inversion))
     calls, _ = edited_at(model, inversion, 1)
     for (_, frames), seen in zip(windows_in(order), calls, strict=True):
         source = source_at(small, inversion, 1)
-        for site in SITES:
+        for site in AUTO_SITES:
             for half in seen.at[site].chunk(2):
                 assert torch.equal(half, source.at[site][frames]), site
 
@@ -294,13 +313,9 @@ def test_size_said_is_the_size_of_what_is_stored(load, nodes, host_module, kind,
         model = tiny(kind).clone()
         if dtype != torch.float32:
             model.set_model_compute_dtype(dtype)
-        blocks = ALL if kind == "two levels" else {}
-        sites = host_module.sites_of(model, *(blocks or dict.fromkeys(ALL, "auto")).values(), "test")
-        said = host_module.injection.bytes_of(model, sites, size, "test")
-        settings = {"steps": 1, "storage": "memory"} | blocks
-        _, inversion = invert(
-            nodes, model, prompt(1, kind.replace("two levels", "sd15")), latents(2, *size), **settings
-        )
+        said = host_module.injection.bytes_of(model, host_module.sites_of(model, "auto", "auto", "test"), size, "test")
+        source = prompt(1, kind.replace("two levels", "sd15"))
+        inversion = store(nodes, model, invert(nodes, model, source, latents(2, *size), steps=1)[1])
         (features,) = inversion.features.values()
         assert {tensor.dtype for tensor in features.values()} == {dtype}
         assert sum(tensor.numel() * tensor.element_size() for tensor in features.values()) == 2 * said
@@ -318,6 +333,6 @@ def test_half_precision_loses_no_more_than_without_it(small, nodes, dtype):
         return (rounded - exact).abs().mean()
 
     assert 0 < error(partial(inject, nodes, inversion=inversion, **ALL)) < 2 * error(lambda model: model)
-    # In half precision, too, the source asked at its own guesses is not changed.
-    asked = (inversion.guesses[1], down(inversion), 1, prompt(1))
+    # In half precision, too, the source at its own latents is not changed.
+    asked = (inversion.latents[1], down(inversion), 1, prompt(1))
     assert torch.equal(ask(inject(nodes, half, inversion, **ALL), *asked), ask(half, *asked))

@@ -2,28 +2,30 @@
 
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 from tests.helpers import FRAMES, HEIGHT, WIDTH, call, hints, latents, prompt, refused, windowed
-from tests.inversion_helpers import ALL, guide, inject, invert, sample, watched
+from tests.inversion_helpers import ALL, guide, inject, invert, sample, store, store_unless_recomputed, watched
 
 # --- the record ---
 
 
 def test_a_record_holds_what_sampling_needs(small, nodes):
     latent = latents()
-    noise, inversion = invert(nodes, small, latent=latent, steps=8, sampling_steps=4, refinements=1)
+    noise, inversion = invert(nodes, small, latent=latent, steps=4, multiple=2, refinements=1)
     assert_close(inversion.clip, small.model.process_latent_in(latent["samples"]))
     assert torch.equal(small.model.process_latent_out(inversion.noise), noise["samples"])
-    schedule = small.get_model_object("model_sampling").sigmas[[1, 126, 251, 376, 501, 626, 751]]
+    schedule = small.get_model_object("model_sampling").sigmas[[1, 251, 501, 751]]
     assert_close(inversion.sigmas, torch.cat((torch.zeros(1), schedule)), rtol=1e-6, atol=0)
-    assert inversion.guesses.shape == (7, FRAMES, 4, HEIGHT, WIDTH) and not inversion.features
-    assert inversion.residuals.isfinite().all() and inversion.about["refinements"] == 1
+    assert torch.equal(noise["cove_sigmas"], inversion.sigmas)
+    assert inversion.latents.shape == (4, FRAMES, 4, HEIGHT, WIDTH) and not inversion.features
+    assert inversion.residuals.shape == (7,) and inversion.residuals.isfinite().all()
+    assert inversion.about["refinements"] == 1
     assert torch.equal(inversion.conditioning["cond"], prompt(1)[0][0])
-    assert "nothing is known" in invert(nodes, small, steps=2)[1].quality()
 
 
 def test_every_kind_of_prompt_inverts_and_plain_ones_are_kept(sd15, small, nodes, control):
@@ -39,39 +41,34 @@ def test_every_kind_of_prompt_inverts_and_plain_ones_are_kept(sd15, small, nodes
 
 
 def test_every_storage_gives_the_same_edit(small, nodes, base):
-    model, edits, noises = guide(nodes, small), {}, {}
+    model, edits = guide(nodes, small), {}
+    noise, inversion = invert(nodes, model, steps=5, refinements=1)
     for storage in ("recompute", "memory", "disk"):
-        settings = {"storage": storage, "feature_steps": 3, "refinements": 1} | ALL
-        noise, inversion = invert(nodes, model, steps=5, **settings)
-        assert sorted(inversion.features) == ([] if storage == "recompute" else [2, 3, 4])
-        patched = inject(nodes, model, inversion, resnet_steps=3, attention_steps=2, **ALL)
-        edits[storage], noises[storage] = sample(nodes, patched, noise, steps=5), noise["samples"]
+        kept = store_unless_recomputed(nodes, model, inversion, storage, share=0.6)
+        assert sorted(kept.features) == ([] if storage == "recompute" else [2, 3, 4])
+        patched = inject(nodes, model, kept, resnet_share=0.6, attention_share=0.4)
+        edits[storage] = sample(nodes, patched, noise)
     assert torch.equal(edits["memory"], edits["disk"])
     assert_close(edits["recompute"], edits["memory"])
-    assert torch.equal(noises["recompute"], noises["memory"]) and torch.equal(noises["recompute"], noises["disk"])
-    assert not torch.equal(sample(nodes, model, noise, steps=5), edits["memory"])
+    assert not torch.equal(sample(nodes, model, noise), edits["memory"])
     # On disk, features have no name that could be left behind.
     assert not list((base / "temp").glob("*.safetensors"))
 
 
-def test_fewer_steps_or_blocks_than_stored_are_taken_from_what_is_stored(small, nodes):
-    noise, inversion = invert(nodes, small, steps=5, storage="memory", feature_steps=3, **ALL)
-    fewer = {"resnet_steps": 1, "attention_steps": 2, "resnet_blocks": "1", "attention_blocks": "2-3"}
-    with watched(small) as calls:
-        edit = sample(nodes, inject(nodes, small, inversion, **fewer), noise, steps=5)
-    assert len(calls) == 5
-    plain = invert(nodes, small, steps=5)[1]
-    assert_close(edit, sample(nodes, inject(nodes, small, plain, **fewer), noise, steps=5))
-    # What is not stored is computed again.
-    more = {"resnet_steps": 5, "attention_steps": 5} | ALL
-    with watched(small) as calls:
-        edit = sample(nodes, inject(nodes, small, inversion, **more), noise, steps=5)
-    assert len(calls) == 5 + 2
-    assert_close(edit, sample(nodes, inject(nodes, small, plain, **more), noise, steps=5))
+def test_feature_injection_recomputes_what_is_not_stored(small, nodes):
+    noise, inversion = invert(nodes, small, steps=5)
+    stored = store(nodes, small, inversion, share=0.6)
+    fewer = {"resnet_share": 0.2, "attention_share": 0.4, "resnet_blocks": "0", "attention_blocks": "1-2"}
+    more = {"resnet_share": 1.0, "attention_share": 1.0}
+    for settings, computed in ((fewer, 0), (more, 2), (more | ALL, 5)):
+        with watched(small) as calls:
+            edit = sample(nodes, inject(nodes, small, stored, **settings), noise)
+        assert len(calls) == 5 + computed
+        assert_close(edit, sample(nodes, inject(nodes, small, inversion, **settings), noise))
 
 
-@pytest.mark.parametrize("storage", ["recompute", "memory", "disk"])
-def test_the_size_is_said_before_the_run(small, nodes, host_module, lines, storage):
+@pytest.mark.parametrize("storage", ["memory", "disk"])
+def test_store_features_reports_the_size_before_the_run(small, nodes, host_module, lines, storage):
     said = []
     model = small.clone()
 
@@ -79,59 +76,65 @@ def test_the_size_is_said_before_the_run(small, nodes, host_module, lines, stora
         said.append(lines())
         return apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
 
-    model.set_model_unet_function_wrapper(look)
-    latent = latents(2, 37, 41)
-    _, inversion = invert(nodes, model, latent=latent, storage=storage, feature_steps=2, **ALL)
-    ((line, _, room),) = [line.rpartition("; ") for line in said[0]]
-    assert room.startswith("unfinished inversions use up to 0.3 MiB of 4.00 GiB")
-    one = host_module.injection.bytes_of(small, host_module.sites_of(small, "0-3", "0-3", ""), (37, 41), "") / 2**20
-    assert f"{4 * one:.1f} MiB (2 steps x 2 frames x {one:.1f} MiB)" in line
-    assert line.startswith("storage: ")
-    if storage == "recompute":
-        latents_alone = 4 * 4 * 2 * 4 * 37 * 41 / 2**20
-        assert f"{latents_alone:.1f} MiB of latents" in line and "if stored" in line
-    else:
-        assert ("of memory, " if storage == "memory" else "on disk, ") in line and line.endswith("are free")
-        taken = sum(t.numel() * t.element_size() for some in inversion.features.values() for t in some.values())
-        assert taken == 4 * one * 2**20
+    _, inversion = invert(nodes, model, latent=latents(2, 37, 41))
     assert inversion.quality() in lines()[-1]
+    known = len(lines())
+    model.set_model_unet_function_wrapper(look)
+    stored = store(nodes, model, inversion, share=0.6, storage=storage)
+    (line,) = said[0][known:]
+    one = host_module.injection.bytes_of(small, host_module.sites_of(small, "auto", "auto", ""), (37, 41), "") / 2**20
+    assert line.startswith(f"storing {4 * one:.1f} MiB (2 steps x 2 frames x {one:.1f} MiB); ")
+    assert ("of memory are free" if storage == "memory" else "on disk are free") in line
+    taken = sum(t.numel() * t.element_size() for some in stored.features.values() for t in some.values())
+    assert taken == 4 * one * 2**20
+
+
+def test_ddim_inversion_reports_what_it_keeps_for_resuming(small, nodes, lines):
+    invert(nodes, small, latent=latents(2, 37, 41))
+    assert lines()[0].startswith("unfinished inversions use up to 0.1 MiB of 4.00 GiB")
 
 
 @pytest.mark.parametrize("storage", ["memory", "disk"])
-def test_what_does_not_fit_is_refused_with_the_figures(comfy, small, nodes, host_module, base, storage):
+def test_store_features_refuses_what_does_not_fit(comfy, small, nodes, host_module, base, storage):
     def never(apply_model, arguments):
         raise AssertionError("the UNet was called")
 
     model, cpu = small.clone(), torch.device("cpu")
     model.set_model_unet_function_wrapper(never)
-    long = {"samples": torch.zeros(1, 4, 37, 41).expand(10**4, -1, -1, -1)}
-    place, other = ("of memory", "disk, recompute") if storage == "memory" else ("on disk", "recompute")
+    _, inversion = invert(nodes, small, latent=latents(1, 37, 41))
+    long = replace(
+        inversion,
+        clip=inversion.clip.expand(10**7, -1, -1, -1),
+        latents=inversion.latents.expand(-1, 10**7, -1, -1, -1),
+    )
+    place = "of memory" if storage == "memory" else "on disk"
+    other = " or set `storage` to disk," if storage == "memory" else ""
     with pytest.raises(ValueError) as caught:
-        invert(nodes, model, latent=long, steps=999, storage=storage, feature_steps=999, **ALL)
-    one = host_module.injection.bytes_of(small, host_module.sites_of(small, "0-3", "0-3", ""), (37, 41), "")
+        store(nodes, model, long, storage=storage)
+    one = host_module.injection.bytes_of(small, host_module.sites_of(small, "auto", "auto", ""), (37, 41), "")
     free = shutil.disk_usage(base).free if storage == "disk" else comfy.model_management.get_free_memory(cpu)
     found = re.fullmatch(
-        rf"DDIM Inversion: the features take {999 * 10**4 * one / 2**30:.2f} GiB \(999 steps x 10000 frames x "
-        rf"{one / 2**20:.1f} MiB\), but ([\d.]+) GiB {place} are free. Set `storage` to {other}, or take fewer "
-        r"`feature_steps`, blocks or frames.",
+        rf"Store Features: the features take {3 * 10**7 * one / 2**30:.2f} GiB \(3 steps x 10000000 frames x "
+        rf"{one / 2**20:.1f} MiB\), but ([\d.]+) GiB {place} are free. Reduce `share`,{other} or remove this node: "
+        "Feature Injection then computes the features itself.",
         str(caught.value),
     )
     assert found, caught.value
     assert float(found[1]) == pytest.approx(free / 2**30, rel=0.2)  # other programs take and give back
 
 
-@pytest.mark.parametrize("settings", [{"feature_steps": 0}, {"resnet_blocks": "none", "attention_blocks": "none"}])
-def test_nothing_to_store(small, nodes, settings):
-    with refused("DDIM Inversion", "nothing to store", "`storage` to recompute"), watched(small) as calls:
-        invert(nodes, small, storage="memory", **ALL | settings)
+@pytest.mark.parametrize("share", [0.0, 0.1])
+def test_store_features_refuses_to_store_nothing(small, nodes, share):
+    _, inversion = invert(nodes, small)
+    with refused("Store Features", "at least one block and one step", "Increase `share`"), watched(small) as calls:
+        store(nodes, small, inversion, share=share)
     assert not calls
-    assert invert(nodes, small, steps=1, **ALL | settings)[1].frames == FRAMES
 
 
-def test_context_windows_cannot_be_stored(comfy, small, nodes):
-    wrong = ("features cannot be stored with context windows", "`storage` to recompute")
-    with refused("DDIM Inversion", *wrong), watched(small) as calls:
-        invert(nodes, windowed(small), storage="memory", **ALL)
+def test_store_features_refuses_context_windows(comfy, small, nodes):
+    _, inversion = invert(nodes, small)
+    with refused("Store Features", "without context windows", "Remove the context windows"), watched(small) as calls:
+        store(nodes, windowed(small), inversion)
     assert not calls
 
     def evolved(executor, model, conds, x, timestep, model_options):
@@ -146,31 +149,44 @@ def test_context_windows_cannot_be_stored(comfy, small, nodes):
 
     model = small.clone()
     model.add_wrapper_with_key("calc_cond_batch", "ADE", evolved)
-    with refused("DDIM Inversion", *wrong):
-        invert(nodes, model, storage="memory", **ALL)
+    with refused("Store Features", "features cannot be stored with context windows"):
+        store(nodes, model, inversion)
 
 
-# --- grids ---
+# --- schedules ---
 
 
-@pytest.mark.parametrize(("steps", "sampling_steps"), [(100, 3), (6, 4), (34, 30), (4, 8)])
-def test_grids_that_never_meet_are_named_before_the_run(small, nodes, cove, steps, sampling_steps):
-    def spelled(n):
-        grid = cove.ddim.sampling_timesteps(n)
-        return f"{', '.join(map(str, grid if n < 5 else [*grid[:2], '...', grid[-1]]))}"
-
-    grids = (
-        f"{steps} inversion steps (timesteps {spelled(steps)})",
-        f"{sampling_steps} sampling steps ({spelled(sampling_steps)})",
-    )
-    with refused("DDIM Inversion", *grids), watched(small) as calls:
-        invert(nodes, small, steps=steps, sampling_steps=sampling_steps)
+@pytest.mark.parametrize(("steps", "multiple"), [(500, 2), (334, 3), (100, 10)])
+def test_ddim_inversion_refuses_too_many_steps_before_the_run(small, nodes, steps, multiple):
+    wrong = f"at most 999 steps; got {steps} steps times {multiple}"
+    with refused("DDIM Inversion", wrong), watched(small) as calls:
+        invert(nodes, small, steps=steps, multiple=multiple)
     assert not calls
 
 
-def test_the_largest_numbers_of_steps_stay_in_the_schedule(small, nodes):
-    for node in ("DDIMInversion", "DDIMSampler", "DDIMSamplerSelect"):
-        slots = {slot.id: slot for slot in nodes[node].define_schema().inputs}
-        for name in {"steps", "sampling_steps"} & slots.keys():
-            _, sigmas = call(nodes["DDIMSamplerSelect"], model=small, steps=slots[name].max)
-            assert (sigmas[:-1] > sigmas[1:]).all()
+def test_the_schedule_travels_with_the_noise(small, nodes):
+    """Sampling takes as many steps as were asked for in the inversion, and at its sigmas."""
+    for steps, multiple in ((3, 1), (3, 2), (7, 1)):
+        noise, inversion = invert(nodes, small, steps=steps, multiple=multiple)
+        _, sigmas = call(nodes["DDIMSamplerSelect"], model=small, noise=noise)
+        assert torch.equal(sigmas, inversion.sigmas.flip(0)) and len(sigmas) == steps + 1
+        with watched(small) as calls:
+            sample(nodes, small, noise)
+        assert len(calls) == steps
+
+
+def test_store_features_stops_at_an_interrupt(comfy, small, nodes, monkeypatch):
+    import comfy.model_management as management
+
+    _, inversion = invert(nodes, small)
+    done = []
+
+    def interrupted():
+        done.append(1)
+        if len(done) > 1:
+            raise management.InterruptProcessingException
+
+    monkeypatch.setattr(management, "throw_exception_if_processing_interrupted", interrupted)
+    with pytest.raises(management.InterruptProcessingException), watched(small) as calls:
+        store(nodes, small, inversion)
+    assert len(calls) < 3 and not inversion.features

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from tests.helpers import prompt
-from tests.inversion_helpers import ALL, invert, same, small_lora, watched
+from tests.inversion_helpers import AUTO_SITES, invert, same, small_lora, source_at, store, watched
 from tests.test_nodes_resume import break_off  # noqa: F401  (a fixture)
 
 STEPS = 7
@@ -134,12 +134,21 @@ def test_a_schedule_on_the_model_says_what_holds(small, nodes, where):
     assert [(sigma, holds(small, sigma)) for sigma, _ in SEEN] == SEEN and len(SEEN) == STEPS
 
 
-def test_features_are_stored_under_what_holds(small, nodes):
+def test_store_features_stores_what_schedules_say_in_sampling(small, nodes):
     conditioning, seen = control_of(Schedule())
-    settings = {"steps": STEPS, "storage": "memory", "feature_steps": STEPS, "refinements": 1}
-    inversion = invert(nodes, small, conditioning, **settings | ALL)[1]
-    assert len(inversion.features) == STEPS
+    inversion = invert(nodes, small, conditioning, steps=STEPS, refinements=1)[1]
+    seen.clear()
+    stored = store(nodes, small, inversion, conditioning=conditioning)
+    assert len(stored.features) == STEPS
+    assert [sigma for sigma, _ in seen] == inversion.sigmas[1:].flip(0).tolist()
     assert seen == [(sigma, holds(small, sigma)) for sigma, _ in seen]
+    assert {strength for _, strength in seen} == set(STRENGTHS)
+    for step in range(STEPS):
+        constant, _ = control_of(None)
+        constant[0][1]["control"].weight = holds(small, float(inversion.sigmas[step + 1]))
+        constant[0][1]["control"].timestep_percent_range = (0.0, 1.0)
+        right = source_at(small, inversion, step, constant)
+        assert all(torch.equal(stored.features[step][site], right.at[site]) for site in AUTO_SITES)
 
 
 def hooked(model, base, percents, strengths, **extras):
@@ -180,7 +189,7 @@ def test_an_inversion_leaves_schedules_as_they_were(small, nodes):
     assert [frame.start_t for frame in schedule.frames] == [999999999.9] * 3
 
 
-def test_an_inversion_with_keyframes_goes_on_after_a_break(small, nodes, break_off):  # noqa: F811
+def test_ddim_inversion_with_keyframes_resumes_after_a_break(small, nodes, break_off):  # noqa: F811
     conditioning, seen = control_of(Schedule())
     whole = invert(nodes, small, conditioning, steps=4)[1]
     seen.clear()
@@ -190,11 +199,11 @@ def test_an_inversion_with_keyframes_goes_on_after_a_break(small, nodes, break_o
     assert len(calls) == 2
 
 
-def test_changed_keyframes_begin_anew(small, nodes, break_off, lines):  # noqa: F811
+def test_ddim_inversion_with_changed_keyframes_begins_anew(small, nodes, break_off, lines):  # noqa: F811
     schedule = Schedule()
     conditioning, _ = control_of(schedule)
     break_off(lambda: invert(nodes, small, conditioning, steps=4), 2)
     schedule.frames[1].strength = 0.25
     with watched(small) as calls:
         invert(nodes, small, conditioning, steps=4)
-    assert len(calls) == 4 and not any("going on" in line for line in lines())
+    assert len(calls) == 4 and not any("resuming after step" in line for line in lines())

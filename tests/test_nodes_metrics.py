@@ -1,6 +1,8 @@
 """How well a clip comes back, and what Reconstruction Check says of it."""
 
+import math
 import re
+import sys
 from dataclasses import replace
 
 import pytest
@@ -39,7 +41,7 @@ def test_fifty_steps_with_two_refinements_bring_the_clip_back(small, nodes, vae,
         model.set_model_compute_dtype(dtype)
     model = guide(nodes, model, latent) if guided else model
     noise, inversion = invert(nodes, model, latent=latent, steps=50, refinements=2)
-    back = vae.decode(sample(nodes, model, noise, prompt(1), steps=50, cfg=1.0))
+    back = vae.decode(sample(nodes, model, noise, prompt(1), cfg=1.0))
     clips = {"source": source, "vae_only": vae.decode(latent["samples"]), "reconstruction": back}
     _, report = call(nodes["ReconstructionCheck"], **clips, inversion=inversion)
     lowest = float(re.search(r"Lowest PSNR ([\d.]+) dB", report)[1])
@@ -53,7 +55,7 @@ def test_each_refinement_brings_it_nearer_and_advice_follows(small, nodes, vae):
     lowest = []
     for refinements in (0, 1, 3):
         noise, inversion = invert(nodes, small, latent=latent, steps=5, refinements=refinements)
-        back = vae.decode(sample(nodes, small, noise, prompt(1), steps=5, cfg=1.0))
+        back = vae.decode(sample(nodes, small, noise, prompt(1), cfg=1.0))
         clips = {"source": source, "vae_only": vae.decode(latent["samples"]), "reconstruction": back}
         _, report = call(nodes["ReconstructionCheck"], **clips, inversion=inversion)
         lowest.append(float(re.search(r"Lowest PSNR ([\d.]+) dB", report)[1]))
@@ -114,11 +116,12 @@ def test_advice_knows_how_the_inversion_went(small, nodes):
     back = loss(source, 0, 20.0)
     _, one = invert(nodes, small, steps=2, refinements=1)
     _, two = invert(nodes, small, steps=2, refinements=2)
-    worse = replace(one, grew=torch.tensor([False, True]), residuals=torch.tensor([0.1, 0.2], dtype=torch.float64))
+    stopped, residuals = torch.tensor([False, True]), torch.tensor([0.1, 0.2], dtype=torch.float64)
+    worse = replace(one, stopped=stopped, residuals=residuals)
     for inversion, advice in ((one, "more refinements"), (two, "more steps"), (worse, "more steps")):
         report = call(nodes["ReconstructionCheck"], source=source, reconstruction=back, inversion=inversion)[1]
         assert f"Set {advice} in DDIM Inversion" in report and inversion.quality() in report
-    assert "refining diverged at 1 steps, from step 2" in worse.quality()
+    assert "refining diverged in 1 steps, first in step 2" in worse.quality()
 
 
 def test_pictures_of_other_sizes(nodes):
@@ -132,3 +135,48 @@ def test_pictures_of_other_sizes(nodes):
     # Transparency is not compared.
     alpha = torch.cat((source, torch.rand(*source.shape[:3], 1)), 3)
     assert call(nodes["ReconstructionCheck"], source=alpha, reconstruction=source)[1].startswith("Good")
+
+
+# --- its words ---
+
+
+@pytest.fixture(scope="module")
+def verdict(nodes):
+    return sys.modules[nodes["ReconstructionCheck"].__module__].verdict
+
+
+@pytest.mark.parametrize(
+    ("decibels", "word"),
+    [(math.inf, "Good"), (45, "Good"), (30, "Good"), (29.9, "Fair"), (25, "Fair"), (24.9, "Poor"), (3, "Poor")],
+)
+def test_verdict_on_the_worst_frame(verdict, decibels, word):
+    text = verdict(decibels)
+    assert text.startswith(f"{word}: ")
+    assert ("Edit on this inversion" in text) == (word == "Good")
+    assert ("Set more" in text) == (word != "Good")
+
+
+@pytest.mark.parametrize("decibels", [27, 20])
+@pytest.mark.parametrize(
+    ("refinements", "diverged", "more"),
+    [
+        (None, False, "refinements"),
+        (0, False, "refinements"),
+        (1, False, "refinements"),
+        (2, False, "steps"),
+        (5, False, "steps"),
+        (1, True, "steps"),  # more refinements would diverge as well
+        (None, True, "steps"),
+    ],
+)
+def test_verdict_says_what_to_set(verdict, decibels, refinements, diverged, more):
+    text = verdict(decibels, refinements, diverged)
+    assert f"Set more {more} in DDIM Inversion" in text
+    assert "source prompt, cfg 1, and the same model" in text
+
+
+@pytest.mark.parametrize("decibels", [40, 27, 20])
+@pytest.mark.parametrize(("vae", "told"), [(None, False), (40, False), (25, False), (24.9, True), (10, True)])
+def test_verdict_tells_what_the_vae_loses(verdict, decibels, vae, told):
+    assert ("VAE alone loses much" in verdict(decibels, vae=vae)) == told
+    assert verdict(decibels, vae=vae).startswith(verdict(decibels))

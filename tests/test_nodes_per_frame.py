@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.helpers import HEIGHT, WIDTH, call, hints, latents, predict, prompt, refused, windowed
-from tests.inversion_helpers import ALL, answer_at, flow, guide, inject, invert, sample, tiny
+from tests.inversion_helpers import ALL, answer_at, flow, guide, inject, invert, sample, store, tiny
 
 LONG = 5
 STEPS = LONG - 1  # core's windows (0.3.75) compare sigmas with frames one by one
@@ -213,7 +213,7 @@ def test_inversion_and_sampling_of_an_unpatched_model_are_cut_alike(small, nodes
     (noise, _), (expected, _) = (invert(nodes, model, **wires) for model in (windowed, small))
     # Little of a hint is left in noise.
     assert_near(noise["samples"], expected["samples"], 1e-5)
-    edits = [sample(nodes, model, expected, hinted(3), steps=STEPS) for model in (windowed, small)]
+    edits = [sample(nodes, model, expected, hinted(3)) for model in (windowed, small)]
     assert_near(*edits, 1e-5)
 
 
@@ -301,7 +301,7 @@ def test_feature_injection_gets_the_source_of_its_frames(small, nodes, cut_with,
         return inject(nodes, model, inversion, conditioning=source, **ALL)
 
     # In several steps: AnimateDiff-Evolved leaves its last window behind after each.
-    asked = (noise, rows(2), rows(3), STEPS)
+    asked = (noise, rows(2), rows(3))
     assert_near(sample(nodes, cut_with(cut, patch, small), *asked), sample(nodes, patch(small), *asked))
 
 
@@ -394,7 +394,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_rows_for_other_frames_are_refused(small, nodes, kind):
+def test_nodes_refuse_rows_for_other_frames(small, nodes, kind):
     make, wrong = WRONG[kind]
     with refused("DDIM Inversion", *wrong):
         invert(nodes, small, conditioning=make())
@@ -405,6 +405,8 @@ def test_rows_for_other_frames_are_refused(small, nodes, kind):
         predict(alone(nodes, small), latents(), prompt(2), make(), 2.0)
     with refused("TokenFlow", *wrong):
         answer_at(flow(nodes, small, inversion), inversion, 1, make())
+    with refused("Store Features", *wrong):
+        store(nodes, small, inversion, conditioning=make())
     if kind != "mask":  # features are taken on the whole picture
         with refused("Diffusion Features", *wrong):
             call(nodes["DiffusionFeatures"], model=small, latent=latents(), conditioning=make())
@@ -433,7 +435,7 @@ class Reference:
         raise AttributeError("Invalid use of Reference Preprocess output")
 
 
-def test_reference_controlnets_are_refused_where_self_attention_is_replaced(small, nodes):
+def test_nodes_refuse_reference_controlnets(small, nodes):
     ((text, extras),) = hinted(1)
     net = extras["control"].copy()
     net.cond_hint_original, net.strength = Reference(), 0.0
@@ -446,8 +448,8 @@ def test_reference_controlnets_are_refused_where_self_attention_is_replaced(smal
     ):
         with refused(node, *wrong):
             answer_at(model, inversion, 1, conditioning)
-    with refused("DDIM Inversion", *wrong):
-        invert(nodes, small, conditioning=conditioning, storage="memory", **ALL)
+    with refused("Store Features", *wrong):
+        store(nodes, small, inversion, conditioning=conditioning)
     with refused("Feature Injection", *wrong):
         answer_at(inject(nodes, small, inversion, conditioning=conditioning, **ALL), inversion, 1)
     net.cond_hint_original, net.ref_opts = hints(1), object()  # as it is once it has run

@@ -13,8 +13,17 @@ import torch
 from safetensors.torch import save_file
 
 from scripts.host import PACK
-from tests.helpers import FRAMES, HEIGHT, WIDTH, call, latents, prompt, refused
-from tests.inversion_helpers import ALL, inject, invert, same, sample, tiny, watched
+from tests.helpers import FRAMES, HEIGHT, WIDTH, call, latents, prompt, refused, run_stock
+from tests.inversion_helpers import (
+    ALL,
+    inject,
+    invert,
+    same,
+    sample,
+    store_unless_recomputed,
+    tiny,
+    watched,
+)
 
 # --- saved and loaded ---
 
@@ -39,17 +48,24 @@ def listed(nodes) -> list[str]:
 
 
 @pytest.mark.parametrize("storage", ["recompute", "memory", "disk"])
-def test_loaded_is_what_was_saved_and_edits_alike(small, nodes, saved, storage, lines):
-    noise, inversion = invert(nodes, small, storage=storage, feature_steps=2, refinements=2, **ALL)
+def test_load_inversion_gives_what_was_saved_and_edits_alike(small, nodes, saved, storage, lines):
+    noise, inversion = invert(nodes, small, refinements=2)
+    inversion = store_unless_recomputed(nodes, small, inversion, storage, share=0.7)  # of 2 of 3 steps
+    assert sorted(inversion.features) == ([] if storage == "recompute" else [1, 2])
+    blocks = ALL if storage == "recompute" else {}  # those that are stored
     file = saved(inversion)
     assert re.search(r"^saved as test_00001_.inversion.safetensors, \d+\.\d MiB$", lines()[-1])
     loaded_noise, loaded = call(nodes["LoadInversion"], file=file, model=small, latent=latents())
     assert same(loaded, inversion) and loaded is not inversion
     assert lines()[-1] == f"3 frames, 3 steps; {inversion.quality()}"
     assert torch.equal(loaded_noise["samples"], noise["samples"])
-    edits = [sample(nodes, inject(nodes, small, one, **ALL), noise) for one in (inversion, loaded)]
-    assert torch.equal(*edits)
-    assert torch.equal(sample(nodes, inject(nodes, small, loaded, **ALL), loaded_noise), edits[0])
+    edits, passes = [], []
+    for one, start in ((inversion, noise), (loaded, noise), (loaded, loaded_noise)):
+        with watched(small) as calls:
+            edits.append(sample(nodes, inject(nodes, small, one, **blocks), start))
+        passes.append(len(calls))
+    assert torch.equal(edits[1], edits[0]) and torch.equal(edits[2], edits[0])
+    assert passes == [6 if storage == "recompute" else 4] * 3  # the source runs where features are not stored
 
 
 def test_each_save_is_a_new_file_and_the_newest_comes_first(small, nodes, saved, base):
@@ -78,7 +94,7 @@ def test_the_prompt_runs_again_when_the_file_changes(small, nodes, saved, base):
     assert node.fingerprint_inputs(file=file) != state
 
 
-def test_files_that_are_no_inversion(small, nodes, saved, base):
+def test_load_inversion_refuses_files_that_are_no_inversion(small, nodes, saved, base):
     file = saved(invert(nodes, small, steps=1)[1])
     path = base / "output" / file.removesuffix(" [output]")
     whole = path.read_bytes()
@@ -86,9 +102,10 @@ def test_files_that_are_no_inversion(small, nodes, saved, base):
         path.write_bytes(content)
         with refused("Load Inversion", file.removesuffix(" [output]"), "damaged"):
             call(nodes["LoadInversion"], file=file, model=small)
-    save_file({"x": torch.zeros(2)}, path, {"format": "another"})
-    with refused("Load Inversion", "holds no COVE inversion"):
-        call(nodes["LoadInversion"], file=file, model=small)
+    for other in ("another", "cove.inversion.1"):
+        save_file({"x": torch.zeros(2)}, path, {"format": other})
+        with refused("Load Inversion", "holds no COVE inversion (expected format cove.inversion.2)"):
+            call(nodes["LoadInversion"], file=file, model=small)
 
 
 def test_where_it_cannot_be_saved(small, nodes, base, monkeypatch):
@@ -101,8 +118,10 @@ def test_where_it_cannot_be_saved(small, nodes, base, monkeypatch):
     assert not list((base / "output").rglob("*.inversion.safetensors"))
 
 
-def test_a_record_that_does_not_fit_is_refused_with_the_reason(load, small, nodes, saved):
-    noise, inversion = invert(nodes, small, steps=4)
+def test_load_inversion_refuses_what_does_not_fit_with_the_reason(comfy, load, small, nodes, saved):
+    from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
+
+    _, inversion = invert(nodes, small, steps=4)
     file = saved(inversion)
 
     def loading(model=small, latent=None):
@@ -122,12 +141,14 @@ def test_a_record_that_does_not_fit_is_refused_with_the_reason(load, small, node
     # Not every machine's autoencoder gives the same.
     rounded = {"samples": latents()["samples"].to(torch.bfloat16).float()}
     (loaded_noise, loaded) = loading(latent=rounded)
-    # Another grid than sampling has
-    wrong = ("inversion ended at sigma", "(4 steps)", "sampling starts at sigma", "(3 steps)")
-    with refused("DDIM Sampler", *wrong), watched(small) as calls:
-        sample(nodes, inject(nodes, small, loaded, **ALL), loaded_noise, steps=3)
-    with refused("Feature Injection", "Inversion: 4 steps", "Sampling: 3 steps"), watched(small) as calls:
-        sample(nodes, inject(nodes, small, loaded, **ALL), {"samples": noise["samples"]}, steps=3)
+    # Another schedule than sampling has.
+    rescaled = run_stock(ModelSamplingDiscrete, small, "eps", True)[0]
+    with refused("DDIM Sampler", "inversion ended at sigma"), watched(small) as calls:
+        sample(nodes, inject(nodes, rescaled, loaded, **ALL), loaded_noise)
+    assert not calls
+    noise, _ = invert(nodes, small, steps=3)
+    with refused("Feature Injection", "inversion (4 steps", "got 3 steps"), watched(small) as calls:
+        sample(nodes, inject(nodes, small, loaded, **ALL), noise)
     assert not calls
 
 
@@ -140,7 +161,7 @@ def test_a_lora_and_a_half_precision_leave_it_the_same_checkpoint(small, nodes, 
     half.set_model_compute_dtype(torch.bfloat16)
     for model in (styled, half):
         noise, inversion = call(nodes["LoadInversion"], file=file, model=model)
-        assert sample(nodes, inject(nodes, model, inversion, **ALL), noise, steps=1).isfinite().all()
+        assert sample(nodes, inject(nodes, model, inversion, **ALL), noise).isfinite().all()
         # ... and while it is loaded with them, too
         call(nodes["LoadInversion"], file=file, model=small)
 

@@ -1,4 +1,4 @@
-"""Inversions that are broken off and taken up again give the same bits."""
+"""Inversions that are interrupted and resumed give the same bits."""
 
 import importlib
 import shutil
@@ -10,19 +10,19 @@ from safetensors.torch import load_file, save_file
 
 from scripts.host import PromptFailed, Server, lay_out
 from tests.helpers import latents, prompt, refused, state_of
-from tests.inversion_helpers import ALL, guide, invert, same, tiny, watched
+from tests.inversion_helpers import guide, invert, same, store, tiny, watched
 
 
 @pytest.fixture
 def unfinished(base):
-    """() -> numbers of the steps that are kept for going on, of each inversion that was broken off."""
+    """() -> numbers of the steps that are kept of each interrupted inversion."""
     folder = base / "user" / "cove" / "unfinished"
     return lambda: sorted([int(step.stem) for step in sorted(one.iterdir())] for one in folder.glob("*/"))
 
 
 @pytest.fixture
 def break_off(comfy, monkeypatch):
-    """Run something that is interrupted after this step."""
+    """function, step -> runs the function, and interrupts it after that step."""
     import comfy.model_management as management
     import comfy.utils
 
@@ -39,14 +39,16 @@ def break_off(comfy, monkeypatch):
     return broken
 
 
-@pytest.mark.parametrize("storage", ["recompute", "memory", "disk"])
+@pytest.mark.parametrize(("steps", "multiple"), [(5, 1), (3, 2)])  # 5 steps of inversion
 @pytest.mark.parametrize("step", [1, 3, 5])
-def test_going_on_after_an_interrupt_gives_the_same_bits(small, nodes, break_off, unfinished, lines, storage, step):
-    settings = {"steps": 5, "refinements": 1, "storage": storage, "feature_steps": 3} | ALL
+def test_ddim_inversion_resumed_after_an_interrupt_gives_the_same_bits(
+    small, nodes, break_off, unfinished, lines, steps, multiple, step
+):
+    settings = {"steps": steps, "multiple": multiple, "refinements": 1}
     model = guide(nodes, small)
     with watched(small) as calls:
         noise, whole = invert(nodes, model, **settings)
-    assert len(calls) == 10 and unfinished() == [] and not any("going on" in line for line in lines())
+    assert len(calls) == 10 and unfinished() == [] and not any("resuming" in line for line in lines())
     state = state_of(model), state_of(small)
     with watched(small) as calls:
         break_off(lambda: invert(nodes, model, **settings), step)
@@ -54,49 +56,43 @@ def test_going_on_after_an_interrupt_gives_the_same_bits(small, nodes, break_off
     assert (state_of(model), state_of(small)) == state
     with watched(small) as calls:
         again, resumed = invert(nodes, model, **settings)
-    # Features are kept of inversion steps 3 to 5, and went with the break.
-    kept = 0 if storage == "recompute" else max(0, step - 2)
-    assert len(calls) == 2 * (5 - step) + kept
-    assert any(line.startswith(f"going on after step {step} of 5") for line in lines())
+    assert len(calls) == 2 * (5 - step)
+    assert any(line.startswith(f"resuming after step {step} of 5") for line in lines())
     assert torch.equal(again["samples"], noise["samples"]) and same(resumed, whole)
     assert unfinished() == [] and state_of(model) == state[0]
 
 
-def test_breaking_off_twice_and_with_another_storage(small, nodes, break_off):
-    whole = invert(nodes, small, steps=7, storage="memory", **ALL)[1]
+def test_ddim_inversion_resumes_more_than_once(small, nodes, break_off):
+    whole = invert(nodes, small, steps=7)[1]
     break_off(lambda: invert(nodes, small, steps=7), 2)
     with watched(small) as calls:
-        break_off(lambda: invert(nodes, small, steps=7, storage="disk", **ALL), 5)
-    # Two finished steps are asked again for their features.
-    assert len(calls) == 5
+        break_off(lambda: invert(nodes, small, steps=7), 5)
+    assert len(calls) == 3
     with watched(small) as calls:
-        resumed = invert(nodes, small, steps=7, storage="memory", **ALL)[1]
-    assert len(calls) == 2 + 5 and same(resumed, whole)
+        resumed = invert(nodes, small, steps=7)[1]
+    assert len(calls) == 2 and same(resumed, whole)
 
 
-def test_an_interrupt_while_features_are_taken_again(comfy, small, nodes, break_off, unfinished):
-    import comfy.model_management as management
-
-    settings = {"steps": 5, "storage": "memory"} | ALL
-    whole = invert(nodes, small, **settings)[1]
-    break_off(lambda: invert(nodes, small, **settings), 4)
-    model, asked = small.clone(), []
-
-    def stop(apply_model, arguments):
-        asked.append(1)
-        management.interrupt_current_processing()
-        return apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
-
-    model.set_model_unet_function_wrapper(stop)
-    state = state_of(small)
-    with pytest.raises(management.InterruptProcessingException):
-        invert(nodes, model, **settings)
-    assert len(asked) == 1 and state_of(small) == state
-    assert same(invert(nodes, small, **settings)[1], whole)
+@pytest.mark.parametrize("storage", ["memory", "disk"])
+def test_store_features_after_an_interrupt_gives_the_same_bits(small, nodes, break_off, unfinished, base, storage):
+    model = guide(nodes, small)
+    _, inversion = invert(nodes, model, steps=5)
+    whole = store(nodes, model, inversion, storage=storage)
+    state = state_of(model), state_of(small)
+    with watched(small) as calls:
+        break_off(lambda: store(nodes, model, inversion, storage=storage), 2)
+    assert len(calls) == 2 and not inversion.features and unfinished() == []
+    assert (state_of(model), state_of(small)) == state
+    assert not list((base / "temp").glob("*.safetensors"))
+    with watched(small) as calls:
+        assert same(store(nodes, model, inversion, storage=storage), whole)
+    assert len(calls) == 5
 
 
-@pytest.mark.parametrize("what", ["frame", "prompt", "refinements", "steps", "guidance", "precision", "weights"])
-def test_another_inversion_begins_anew(small, nodes, break_off, lines, what):
+@pytest.mark.parametrize(
+    "what", ["frame", "prompt", "refinements", "steps", "multiple", "guidance", "precision", "weights"]
+)
+def test_ddim_inversion_does_not_resume_another_one(small, nodes, break_off, lines, what):
     model = guide(nodes, small)
     broken = {"model": model, "conditioning": prompt(1), "latent": latents(), "steps": 4, "refinements": 1}
     other = dict(broken)
@@ -109,6 +105,8 @@ def test_another_inversion_begins_anew(small, nodes, break_off, lines, what):
         other["refinements"] = 2
     elif what == "steps":
         other["steps"] = 5
+    elif what == "multiple":
+        other["multiple"] = 2
     elif what == "guidance":
         other["model"] = guide(nodes, small, merge_ratio=0.25)
     elif what == "precision":
@@ -119,13 +117,13 @@ def test_another_inversion_begins_anew(small, nodes, break_off, lines, what):
     expected = invert(nodes, **other)[1]
     break_off(lambda: invert(nodes, **broken), 2)
     assert same(invert(nodes, **other)[1], expected)
-    assert not any("going on" in line for line in lines())
-    # The one broken off is not forgotten for it.
+    assert not any("resuming" in line for line in lines())
+    # The interrupted one is still kept.
     invert(nodes, **broken)
-    assert any("going on after step 2 of 4" in line for line in lines())
+    assert any("resuming after step 2 of 4" in line for line in lines())
 
 
-def test_an_error_keeps_the_steps_before_it(small, nodes, unfinished, monkeypatch):
+def test_ddim_inversion_keeps_the_steps_before_an_error(small, nodes, unfinished, monkeypatch):
     whole = invert(nodes, small, steps=4)[1]
     apply_model, asked = type(small.model).apply_model, []
 
@@ -143,17 +141,17 @@ def test_an_error_keeps_the_steps_before_it(small, nodes, unfinished, monkeypatc
     assert len(calls) == 2
 
 
-def test_steps_where_refining_made_it_worse_are_taken_up_again(small, nodes, break_off):
-    """There, the latents that a step ends with are the guess itself."""
-    settings = {"steps": 3, "refinements": 10, "storage": "memory"}
+def test_ddim_inversion_resumes_after_a_step_where_refining_stopped(small, nodes, break_off):
+    """The latents of such a step are the guess itself."""
+    settings = {"steps": 3, "refinements": 10}
     whole = invert(nodes, tiny("sd15"), **settings)[1]
-    assert whole.grew.any() and whole.diverged
-    first = int(whole.grew.nonzero()[0]) + 1
+    assert whole.stopped.any() and whole.diverged
+    first = int(whole.stopped.nonzero()[0]) + 1
     break_off(lambda: invert(nodes, tiny("sd15"), **settings), first)
     assert same(invert(nodes, tiny("sd15"), **settings)[1], whole)
 
 
-def test_without_room_for_its_steps_an_inversion_still_ends(small, nodes, base, caplog):
+def test_ddim_inversion_completes_where_its_steps_cannot_be_kept(small, nodes, base, caplog):
     whole = invert(nodes, small, steps=2)[1]
     shutil.rmtree(base / "user" / "cove")
     (base / "user" / "cove").write_text("in the way")
@@ -170,11 +168,11 @@ def limit(nodes, monkeypatch, size):
     monkeypatch.setattr(module.UnfinishedInversion, "LIMIT", size)
 
 
-def test_the_size_of_unfinished_inversions_is_said_and_the_oldest_make_room(
+def test_ddim_inversion_reports_the_size_of_unfinished_ones_and_removes_the_oldest(
     small, nodes, break_off, unfinished, base, lines, monkeypatch
 ):
-    clip = latents(2, 23, 19)
-    one = 5 * (2 * 4 * clip["samples"].numel() + 1024)  # bytes of five steps
+    clip = latents(29, 11, 13)
+    one = 5 * (4 * clip["samples"].numel() + 1024)  # bytes of five steps
     limit(nodes, monkeypatch, 9 * one // 5)
 
     def used():
@@ -187,37 +185,36 @@ def test_the_size_of_unfinished_inversions_is_said_and_the_oldest_make_room(
         break_off(lambda seed=seed: invert(nodes, small, prompt(seed), clip, steps=5), 3)
         assert unfinished() == [[0, 1, 2]] * (others + 1) and used() <= 9 * one // 5
         size = one + used() * others / (others + 1)
-        assert lines()[-1].endswith(f"; unfinished inversions use up to {mib(size)} of {mib(9 * one / 5)} in user/cove")
-    # The first was forgotten, the second goes on, and the node says what is left when it is done.
+        assert lines()[-1] == f"unfinished inversions use up to {mib(size)} of {mib(9 * one / 5)} in user/cove"
+    # The first was removed, the second resumes, and the node reports what is left at its end.
     invert(nodes, small, prompt(2), clip, steps=5)
-    assert [line for line in lines() if line.startswith("going on after step 3 of 5, ") and line.endswith("user/cove")]
+    assert [line for line in lines() if line.startswith("resuming after step 3 of 5, ") and line.endswith("user/cove")]
     left = f"unfinished inversions use {mib(used())} of {mib(9 * one / 5)} in user/cove"
     assert used() and lines()[-1].endswith(left) and unfinished() == [[0, 1, 2]]
     invert(nodes, small, prompt(1), clip, steps=5)
-    assert len([line for line in lines() if line.startswith("going on")]) == 1
+    assert len([line for line in lines() if line.startswith("resuming")]) == 1
 
 
-def test_an_inversion_over_the_limit_runs_without_keeping_its_steps(
-    small, nodes, break_off, unfinished, lines, monkeypatch
-):
+def test_ddim_inversion_over_the_limit_keeps_no_steps(small, nodes, break_off, unfinished, lines, monkeypatch):
     whole = invert(nodes, small, steps=5)[1]
     break_off(lambda: invert(nodes, small, prompt(2), steps=2), 1)
-    one = 5 * (2 * 4 * latents()["samples"].numel() + 1024)
+    one = 5 * (4 * latents()["samples"].numel() + 1024)
     limit(nodes, monkeypatch, one - 1)
     break_off(lambda: invert(nodes, small, steps=5), 3)
     assert unfinished() == [[0]]  # the other one stays
-    (line,) = [line for line in lines() if "; steps are not kept for resuming: " in line]
+    (line,) = [line for line in lines() if line.startswith("steps are not kept for resuming: ")]
     assert f"{one / 2**20:.1f} MiB and " in line and line.endswith(f"exceed {one / 2**20:.1f} MiB in user/cove")
     with watched(small) as calls:
         assert same(invert(nodes, small, steps=5)[1], whole)
     assert len(calls) == 5
 
 
-def test_a_killed_server_goes_on_with_the_same_bits(host, base, models, tmp_path, monkeypatch):
+def test_ddim_inversion_resumes_after_the_server_was_killed(host, base, models, tmp_path, monkeypatch):
     own = lay_out(tmp_path)
     (own / "models/checkpoints/sd15.ckpt").symlink_to(base / "models/checkpoints" / models["sd15"])
     empty = torch.tensor([])
-    save_file({"latent_tensor": latents()["samples"], "latent_format_version_0": empty}, own / "input" / "clip.latent")
+    for name in ("clip.latent", "again.latent"):
+        save_file({"latent_tensor": latents()["samples"], "latent_format_version_0": empty}, own / "input" / name)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     wires = {
         "model": ("CheckpointLoaderSimple", {"ckpt_name": "sd15.ckpt"}),
@@ -228,15 +225,14 @@ def test_a_killed_server_goes_on_with_the_same_bits(host, base, models, tmp_path
         "guided": ("CoveCorrespondenceAttention", {"model": ["model", 0], "correspondence": ["matches", 0]}),
         "inversion": (
             "CoveDDIMInversion",
-            {"model": ["guided", 0], "conditioning": ["text", 0], "latent": ["clip", 0], "steps": 8}
-            | {"sampling_steps": 8, "refinements": 0},
+            {"model": ["guided", 0], "conditioning": ["text", 0], "latent": ["clip", 0], "steps": 8, "refinements": 0},
         ),
         "noise": ("SaveLatent", {"samples": ["inversion", 0], "filename_prefix": "noise"}),
         "record": ("CoveSaveInversion", {"inversion": ["inversion", 1], "filename_prefix": "cove/clip"}),
     }
 
     def asked(server, wires) -> dict:
-        """The prompt with what each node takes by itself."""
+        """The prompt with the defaults of its nodes."""
         nodes = server.object_info()
         defaults = {
             node: {
@@ -266,13 +262,14 @@ def test_a_killed_server_goes_on_with_the_same_bits(host, base, models, tmp_path
     with Server(host, own, "--cpu") as server:
         resumed = latent_of(server, server.queue(asked(server, wires), 120))
         log = server.log.read_text(encoding="utf-8")
-        assert f"DDIM Inversion: going on after step {done} of 8, where this inversion was broken off" in log
-        assert "storage: " in log and not list((own / "user" / "cove" / "unfinished").iterdir())
-        # Changed so that it runs again, and from the start, but is the same inversion.
-        wires["inversion"][1]["feature_steps"] = 7
+        assert f"DDIM Inversion: resuming after step {done} of 8, where this inversion was interrupted; " in log
+        assert "unfinished inversions use up to " in log
+        assert not list((own / "user" / "cove" / "unfinished").iterdir())
+        # The same clip from another file: the same inversion runs again, from the start.
+        wires["clip"][1]["latent"] = "again.latent"
         assert torch.equal(latent_of(server, server.queue(asked(server, wires), 120)), resumed)
-        assert server.log.read_text(encoding="utf-8").count("going on after step") == 1
-        # A file that was not there when the server started can be loaded.
+        assert server.log.read_text(encoding="utf-8").count("resuming after step") == 1
+        # A file that was saved after the server started can be loaded.
         load = {"file": "cove/clip_00002_.inversion.safetensors [output]", "model": ["model", 0], "latent": ["clip", 0]}
         kept = {name: wires[name] for name in ("model", "clip")} | {"loaded": ("CoveLoadInversion", load)}
         kept["noise"] = ("SaveLatent", {"samples": ["loaded", 0], "filename_prefix": "loaded"})

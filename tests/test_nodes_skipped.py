@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.helpers import call, latents, prompt, refused
-from tests.inversion_helpers import ALL, flow, guide, inject, invert, sample, watched
+from tests.inversion_helpers import ALL, flow, guide, inject, invert, sample, store, watched
 
 NODES = {"FeatureInjection": inject, "TokenFlow": flow}
 NAMES = {"FeatureInjection": "Feature Injection", "TokenFlow": "TokenFlow"}
@@ -55,15 +55,20 @@ def test_core_caches_are_refused_before_sampling(small, nodes, cache, order, nod
     patched = NODES[node](nodes, cached(small, cache) if order == "before" else small, inversion)
     patched = cached(patched, cache) if order == "after" else patched
     with refused(NAMES[node], cache, f"Remove {cache}"), watched(small) as calls:
-        sample(nodes, patched, noise, steps=STEPS)
+        sample(nodes, patched, noise)
     assert not calls
 
 
 @pytest.mark.parametrize("cache", ["EasyCache", "LazyCache"])
-def test_core_caches_are_refused_before_inversion_and_features(small, nodes, cache):
+def test_nodes_before_sampling_refuse_core_caches(small, nodes, cache):
+    _, inversion = invert(nodes, small)
     with refused("DDIM Inversion", cache, f"Remove {cache}"), watched(small) as calls:
         invert(nodes, cached(small, cache))
-    with refused("Diffusion Features", cache, f"Remove {cache}"), watched(small):
+    assert not calls
+    with refused("Store Features", cache, f"Remove {cache}"), watched(small) as calls:
+        store(nodes, cached(small, cache), inversion)
+    assert not calls
+    with refused("Diffusion Features", cache, f"Remove {cache}"), watched(small) as calls:
         guide(nodes, cached(small, cache))
     assert not calls
 
@@ -72,7 +77,7 @@ def test_core_caches_are_refused_before_inversion_and_features(small, nodes, cac
 def test_core_caches_stay_possible_in_sampling_alone(small, nodes, cache):
     noise, _ = invert(nodes, small, steps=STEPS)
     # At cfg 1: EasyCache of ComfyUI 0.3.60 fails on two prompts in one batch, on any model.
-    assert sample(nodes, cached(guide(nodes, small), cache), noise, steps=STEPS, cfg=1.0).isfinite().all()
+    assert sample(nodes, cached(guide(nodes, small), cache), noise, cfg=1.0).isfinite().all()
 
 
 # --- others, when it happens ---
@@ -86,7 +91,7 @@ WHO = "another node on this model skips evaluations"
 @pytest.mark.parametrize("node", NODES)
 def test_a_skipped_evaluation_is_noticed_in_sampling(small, nodes, level, order, node):
     noise, inversion = invert(nodes, small, steps=3)
-    settings = {"resnet_steps": 3, "attention_steps": 3} | ALL if node == "FeatureInjection" else {}
+    settings = ALL if node == "FeatureInjection" else {}
     # Elsewhere the source is run before the edit: its second call, and the edit's, respectively.
     skipped = {"predict_noise": 2, "calc_cond_batch": 1, "apply_model": 2}.get(level, 3)
 
@@ -105,7 +110,7 @@ def test_steps_without_injection_may_be_skipped(small, nodes, order):
     def last(model):
         return skipping(model, "predict_noise", lambda n, args: n > 0)
 
-    settings = {"resnet_steps": 1, "attention_steps": 1} | ALL
+    settings = {"resnet_share": 0.4, "attention_share": 0.4} | ALL  # one step
     patched = inject(nodes, last(small) if order == "before" else small, inversion, **settings)
     assert sample(nodes, patched if order == "before" else last(patched), noise).isfinite().all()
 
@@ -119,7 +124,7 @@ def test_one_skipped_conditioning_is_noticed(comfy, small, nodes, node, monkeypa
     def no_negative(model):
         return skipping(model, "diffusion_model", lambda n, args: args[5]["cond_or_uncond"] == [1])
 
-    settings = {"resnet_steps": 3, "attention_steps": 3} | ALL if node == "FeatureInjection" else {}
+    settings = ALL if node == "FeatureInjection" else {}
     with refused(NAMES[node], WHO):
         sample(nodes, no_negative(NODES[node](nodes, small, inversion, **settings)), noise)
 
@@ -134,23 +139,38 @@ def test_one_skipped_block_is_noticed(small, nodes):
             patched = NODES[node](nodes, small, inversion, **ALL if node == "FeatureInjection" else {})
             with refused(name, WHO):
                 sample(nodes, patched, noise)
-        with refused("DDIM Inversion", WHO):
-            invert(nodes, small, steps=3, storage="memory", **ALL)
+        with refused("Store Features", WHO):
+            store(nodes, small, inversion)
     finally:
         del inner.forward
 
 
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("storage", ["recompute", "memory"])
-@pytest.mark.parametrize("order", ["before", "after"])
-def test_a_skipped_evaluation_is_noticed_in_inversion(small, nodes, level, storage, order):
+def third_skipped(nodes, model, level, order):
+    """MODEL with Correspondence Attention and a step cache that skips the third call, in one order or the other."""
+
     def third(model):
         return skipping(model, level, lambda n, args: n == 2)
 
-    model = guide(nodes, small)
-    model = third(model) if order == "after" else call(nodes["CorrespondenceAttention"], model=third(small))[0]
+    if order == "after":
+        return third(guide(nodes, model))
+    return call(nodes["CorrespondenceAttention"], model=third(model))[0]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_ddim_inversion_notices_a_skipped_evaluation(small, nodes, level, order):
+    model = third_skipped(nodes, small, level, order)
     with refused("DDIM Inversion", WHO):
-        invert(nodes, model, steps=2, refinements=1, storage=storage, **ALL)
+        invert(nodes, model, steps=2, refinements=1)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_store_features_notices_a_skipped_evaluation(small, nodes, level, order):
+    _, inversion = invert(nodes, small)
+    model = third_skipped(nodes, small, level, order)
+    with refused("Store Features", WHO, f"at sigma {float(inversion.sigmas[1]):.4g}"):
+        store(nodes, model, inversion)
 
 
 @pytest.mark.parametrize("level", LEVELS[:4])
@@ -168,6 +188,6 @@ def test_a_prompt_that_ends_before_the_run_does_is_not_missed(small, nodes):
     noise, inversion = invert(nodes, small, steps=5)
     positive = [*prompt(2, end_percent=0.4), *prompt(4, start_percent=0.4)]
     for node in NODES:
-        settings = {"resnet_steps": 5, "attention_steps": 5} | ALL if node == "FeatureInjection" else {}
-        edit = sample(nodes, NODES[node](nodes, small, inversion, **settings), noise, positive, steps=5)
+        settings = ALL if node == "FeatureInjection" else {}
+        edit = sample(nodes, NODES[node](nodes, small, inversion, **settings), noise, positive)
         assert edit.isfinite().all() and not torch.equal(edit, noise["samples"])

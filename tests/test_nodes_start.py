@@ -1,4 +1,4 @@
-"""A warning where sampling starts from latents that were never inverted, or attends otherwise than the inversion."""
+"""Errors and warnings where sampling starts from latents that were never inverted, or attends otherwise."""
 
 import logging
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import zeros_like
 
-from tests.helpers import call, latents, prompt, run_stock
-from tests.inversion_helpers import ALL, flow, guide, inject, invert, sample
+from tests.helpers import call, latents, prompt, refused, run_stock
+from tests.inversion_helpers import ALL, flow, guide, inject, invert, sample, watched
 
 CLEAN, OTHER = "not inverted noise", "other latents than the noise of this inversion"
 STEPS = 5
@@ -44,39 +44,37 @@ def edits(nodes, model, inversion):
     }
 
 
-def test_clean_latents_as_noise_are_warned_of(small, nodes, warnings):
-    _, inversion = invert(nodes, small, steps=STEPS)
-    sample(nodes, small, latents(), steps=STEPS)
+@pytest.mark.parametrize("latent", [latents(), {"samples": zeros_like(latents()["samples"])}], ids=["clip", "empty"])
+def test_samplers_refuse_latents_that_were_never_inverted(small, nodes, latent):
+    wrong = ("expected inverted noise", "never inverted", "Connect the `noise` output of DDIM Inversion")
+    with refused("DDIM Sampler", *wrong), watched(small) as calls:
+        sample(nodes, small, latent)
+    with refused("DDIM Sampler (for SamplerCustomAdvanced)", *wrong):
+        call(nodes["DDIMSamplerSelect"], model=small, noise=latent)
+    assert not calls
+
+
+@pytest.mark.parametrize("latent", [latents(), {"samples": zeros_like(latents()["samples"])}], ids=["clip", "empty"])
+def test_sampler_and_sigmas_warn_of_clean_latents(small, nodes, warnings, latent):
+    """In the stock sampler, where the latents come in by a wire of their own."""
+    noise, inversion = invert(nodes, small, steps=STEPS)
+    sampler, sigmas = call(nodes["DDIMSamplerSelect"], model=small, noise=noise)
+    advanced(small, sampler, sigmas, latent)
     (line,) = warnings()
-    assert line.startswith("DDIM Sampler: ") and CLEAN in line and "DDIM Inversion" in line
-    for noise in (latents(), None):
-        sampler, sigmas = call(nodes["DDIMSamplerSelect"], model=small, steps=STEPS, noise=noise)
-        lines = warnings()
-        assert len(lines) == (noise is not None)
-        advanced(small, sampler, sigmas, latents())
-        lines += warnings()
-        assert all(line.startswith("DDIM Sampler (for SamplerCustomAdvanced): ") for line in lines)
-        assert lines and all(CLEAN in line for line in lines)
-    sampler, sigmas = call(nodes["DDIMSamplerSelect"], model=small, steps=STEPS)
-    warnings()
+    assert line.startswith("DDIM Sampler (for SamplerCustomAdvanced): ") and CLEAN in line and "DDIM Inversion" in line
     for name, model in edits(nodes, small, inversion).items():
-        advanced(model, sampler, sigmas, latents())
+        advanced(model, sampler, sigmas, latent)
         assert [line for line in warnings() if line.startswith(f"{name}: ") and CLEAN in line]
-
-
-def test_empty_latents_as_noise_are_warned_of(small, nodes, warnings):
-    sample(nodes, small, {"samples": zeros_like(latents()["samples"])}, steps=STEPS)
-    assert [CLEAN in line for line in warnings()] == [True]
 
 
 @pytest.mark.parametrize("keys", ["kept", "dropped"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 31])
 def test_inverted_noise_is_not_warned_of(small, nodes, warnings, keys, steps):
-    """Nodes between may drop what a LATENT carries beside its samples."""
+    """Nodes between may drop what a LATENT carries beside its samples; the stock sampler does not need it."""
     noise, inversion = invert(nodes, small, steps=steps)
+    sample(nodes, small, noise)
+    sampler, sigmas = call(nodes["DDIMSamplerSelect"], model=small, noise=noise)
     noise = noise if keys == "kept" else {"samples": noise["samples"]}
-    sample(nodes, small, noise, steps=steps)
-    sampler, sigmas = call(nodes["DDIMSamplerSelect"], model=small, steps=steps, noise=noise)
     for model in edits(nodes, small, inversion).values():
         advanced(model, sampler, sigmas, noise)
     assert warnings() == []
@@ -84,7 +82,7 @@ def test_inverted_noise_is_not_warned_of(small, nodes, warnings, keys, steps):
 
 def test_a_node_that_keeps_the_keys_of_noise_and_puts_clean_samples_is_warned_of(small, nodes, warnings):
     noise, _ = invert(nodes, small, steps=STEPS)
-    sample(nodes, small, noise | latents(), steps=STEPS)
+    sample(nodes, small, noise | latents())
     assert [CLEAN in line for line in warnings()] == [True]
 
 
@@ -92,14 +90,14 @@ def test_noise_of_another_inversion_is_warned_of(small, nodes, warnings):
     _, inversion = invert(nodes, small, steps=STEPS)
     other, _ = invert(nodes, small, latent=latents(seed=1), steps=STEPS)
     for name, model in edits(nodes, small, inversion).items():
-        sample(nodes, model, other, steps=STEPS)
+        sample(nodes, model, other)
         (line,) = warnings()
         assert line.startswith(f"{name}: ") and OTHER in line
 
 
 def test_the_second_half_of_a_run_is_not_warned_of(small, nodes, warnings):
     noise, inversion = invert(nodes, small, steps=STEPS)
-    sampler, sigmas = call(nodes["DDIMSamplerSelect"], model=small, steps=STEPS, noise=noise)
+    sampler, sigmas = call(nodes["DDIMSamplerSelect"], model=small, noise=noise)
     for model in edits(nodes, small, inversion).values():
         middle = advanced(model, sampler, sigmas[:3], noise)
         advanced(model, sampler, sigmas[2:], middle)
@@ -127,9 +125,10 @@ def test_another_guidance_in_sampling_is_named(small, nodes, warnings, tmp_path)
     ]:  # fmt: skip
         noise, inversion = invert(nodes, models[inverted], steps=STEPS)
         expected = [f"inverted {names[inverted]}", f", sampled {names[sampled]}"]
-        sample(nodes, models[sampled], noise, steps=STEPS)
-        call(nodes["DDIMSamplerSelect"], model=models[sampled], steps=STEPS, noise=noise)
-        sample(nodes, inject(nodes, models[sampled], inversion, **ALL), {"samples": noise["samples"]}, steps=STEPS)
+        sample(nodes, models[sampled], noise)
+        call(nodes["DDIMSamplerSelect"], model=models[sampled], noise=noise)
+        unknown = {name: value for name, value in noise.items() if name != "cove_guidance"}
+        sample(nodes, inject(nodes, models[sampled], inversion, **ALL), unknown)
         lines = warnings()
         assert [line.partition(": ")[0] for line in lines] == [
             "DDIM Sampler", "DDIM Sampler (for SamplerCustomAdvanced)", "Feature Injection",
@@ -141,12 +140,13 @@ def test_another_guidance_in_sampling_is_named(small, nodes, warnings, tmp_path)
 def test_the_same_guidance_is_not_warned_of(small, nodes, warnings):
     noise, inversion = invert(nodes, guide(nodes, small), steps=STEPS)
     model = inject(nodes, guide(nodes, small), inversion, **ALL)
-    assert sample(nodes, model, noise, steps=STEPS).isfinite().all() and warnings() == []
+    assert sample(nodes, model, noise).isfinite().all() and warnings() == []
 
 
 def test_tokenflow_after_correspondence_attention_is_named(small, nodes, warnings):
     noise, inversion = invert(nodes, guide(nodes, small), steps=STEPS)
-    sample(nodes, flow(nodes, small, inversion), {"samples": noise["samples"]}, steps=STEPS)
+    del noise["cove_guidance"]
+    sample(nodes, flow(nodes, small, inversion), noise)
     (line,) = warnings()
     assert line.startswith("TokenFlow: ") and "sampled without Correspondence Attention" in line
 
@@ -157,17 +157,17 @@ def test_a_saved_inversion_remembers_its_guidance(small, nodes, warnings, base):
     (file,) = (base / "output" / "start").glob("*.inversion.safetensors")
     noise, loaded = call(nodes["LoadInversion"], file=f"start/{file.name} [output]", model=small)
     file.unlink()
-    sample(nodes, small, noise, steps=STEPS)
+    sample(nodes, small, noise)
     assert ["without Correspondence Attention" in line for line in warnings()] == [True]
     assert loaded.about == inversion.about
     # One that was saved before inversions remembered it says nothing.
     old = {name: value for name, value in noise.items() if name != "cove_guidance"}
-    sample(nodes, small, old, steps=STEPS)
+    sample(nodes, small, old)
     assert warnings() == []
 
 
 def test_edited_latents_carry_nothing_of_the_noise(small, nodes):
     noise, _ = invert(nodes, guide(nodes, small), steps=1)
     wires = {"model": small, "noise": noise, "positive": prompt(2), "negative": prompt(3)}
-    assert set(call(nodes["DDIMSampler"], **wires, steps=1, cfg=1.0)[0]) == {"samples"}
+    assert set(call(nodes["DDIMSampler"], **wires, cfg=1.0)[0]) == {"samples"}
     assert torch.is_tensor(noise["samples"])

@@ -127,7 +127,7 @@ def test_keyframes_are_drawn_anew_at_each_step_from_the_seed(small, nodes, cove)
 
     def drawn(seed):
         with watched(small) as calls:
-            edit = sample(nodes, flow(nodes, small, inversion, 3, seed=seed), noise, steps=5)
+            edit = sample(nodes, flow(nodes, small, inversion, 3, seed=seed), noise)
         assert len(calls) == 3 * 5
         return edit, [seen.options["context_window"].index_list for seen in calls[1::3]]
 
@@ -161,7 +161,7 @@ def test_a_still_clip_stays_still_and_is_edited_as_one_frame(small, nodes, blend
     noise, inversion = invert(nodes, small, latent=still)
     edit = sample(nodes, flow(nodes, small, inversion, 3, blend_keyframes=blend), noise)
     assert_close(edit, edit[:1].expand_as(edit), rtol=1e-4, atol=1e-3)
-    one = sample(nodes, small, {"samples": noise["samples"][:1]})
+    one = sample(nodes, small, noise | {"samples": noise["samples"][:1]})
     assert_close(edit[:1], one, rtol=1e-3, atol=1e-3)
 
 
@@ -261,9 +261,9 @@ def test_every_family_is_edited(load, nodes, kind):
         model, state = load(kind), state_of(load(kind))
         source, edit, negative = (prompt(seed, kind) for seed in (1, 2, 3))
         noise, inversion = invert(nodes, model, source, latents(), steps=1)
-        edited = sample(nodes, flow(nodes, model, inversion), noise, edit, negative, steps=1)
+        edited = sample(nodes, flow(nodes, model, inversion), noise, edit, negative)
         assert edited.isfinite().all()
-        assert not torch.equal(edited, sample(nodes, model, noise, edit, negative, steps=1))
+        assert not torch.equal(edited, sample(nodes, model, noise, edit, negative))
         assert state_of(model) == state
 
 

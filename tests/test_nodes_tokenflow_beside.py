@@ -34,6 +34,8 @@ from tests.inversion_helpers import (
     part_of,
     sample,
     source_at,
+    store,
+    store_unless_recomputed,
     tiny,
     watched,
     windows_in,
@@ -48,9 +50,8 @@ LONG = 7  # frames, where there are to be some between two keyframes
 
 
 @pytest.mark.parametrize("blend", [True, False])
-def test_it_works_before_and_after_feature_injection(small, nodes, blend):
-    noise, inversion = invert(nodes, small, latent=latents(LONG), storage="recompute")
-    stored = invert(nodes, small, latent=latents(LONG), storage="memory", **ALL)[1]
+def test_token_flow_works_before_and_after_feature_injection(small, nodes, blend):
+    noise, inversion = invert(nodes, small, latent=latents(LONG))
     settings = {"every": 3, "blend_keyframes": blend}
     after = flow(nodes, inject(nodes, small, inversion, **ALL), inversion, **settings)
     before = inject(nodes, flow(nodes, small, inversion, **settings), inversion, **ALL)
@@ -63,20 +64,25 @@ def test_it_works_before_and_after_feature_injection(small, nodes, blend):
         assert all(torch.equal(half, source.at[site]) for site in SITES for half in last.at[site].chunk(2))
     edit = sample(nodes, after, noise)
     assert_close(sample(nodes, before, noise), edit, rtol=1e-3, atol=1e-2)
-    kept = flow(nodes, inject(nodes, small, stored, **ALL), inversion, **settings)
-    assert_close(sample(nodes, kept, noise), edit, rtol=1e-3, atol=1e-2)
+    kept, again = (
+        sample(nodes, flow(nodes, inject(nodes, small, some), inversion, **settings), noise)
+        for some in (store(nodes, small, inversion), inversion)
+    )
+    assert_close(kept, again, rtol=1e-3, atol=1e-2)
     for other in (small, flow(nodes, small, inversion, **settings), inject(nodes, small, inversion, **ALL)):
         assert not torch.equal(sample(nodes, other, noise), edit)
 
 
 @pytest.mark.parametrize("storage", ["recompute", "memory"])
 @pytest.mark.parametrize("order", ["core before", "core after", "evolved before", "evolved after"])
-def test_feature_injection_and_context_windows_at_once(small, nodes, order, storage):
+def test_token_flow_works_with_feature_injection_and_context_windows_at_once(small, nodes, order, storage):
     """A window is a clip of its own, and its keyframes get the features of their frames, too."""
-    _, inversion = invert(nodes, small, latent=latents(5), steps=4, storage=storage, **ALL)
+    _, inversion = invert(nodes, small, latent=latents(5), steps=4)
+    inversion = store_unless_recomputed(nodes, small, inversion, storage)
+    blocks = ALL if storage == "recompute" else {}  # those that are stored
 
     def both(model, inversion):
-        return flow(nodes, inject(nodes, model, inversion, **ALL), inversion)
+        return flow(nodes, inject(nodes, model, inversion, **blocks), inversion)
 
     total, count = torch.zeros_like(inversion.clip), torch.zeros(5, 1, 1, 1)
     for frames, batch in windows_in(order):
@@ -180,38 +186,43 @@ def test_batch_cut_by_another_node(small, nodes, blend):
         sample(nodes, model, noise)
 
 
-def test_a_model_with_tokenflow_is_for_sampling_only(small, nodes):
-    model = flow(nodes, small, invert(nodes, small, steps=1)[1])
+def test_only_samplers_accept_a_model_with_token_flow(small, nodes):
+    _, inversion = invert(nodes, small, steps=1)
+    model = flow(nodes, small, inversion)
     wrong = ("without TokenFlow", "Connect the one before it")
     with refused("DDIM Inversion", *wrong):
         invert(nodes, model)
+    with refused("Store Features", *wrong):
+        store(nodes, model, inversion)
     with refused("Diffusion Features", *wrong):
         call(nodes["DiffusionFeatures"], model=model, latent=latents())
 
 
-def test_an_inversion_of_another_checkpoint_or_clip(small, nodes):
+def test_token_flow_refuses_an_inversion_of_another_checkpoint_or_clip(small, nodes):
     with refused(NODE, "another checkpoint"):
         flow(nodes, small, invert(nodes, tiny(seed=1), steps=1)[1])
-    _, inversion = invert(nodes, small, steps=2)
+    noise, inversion = invert(nodes, small, steps=2)
     for other in (latents(2), latents(FRAMES, WIDTH, HEIGHT)):
         wrong = (str([FRAMES, 4, HEIGHT, WIDTH]), str(list(other["samples"].shape)), "noise of the same inversion")
         with refused(NODE, *wrong), watched(small) as calls:
-            sample(nodes, flow(nodes, small, inversion), other, steps=2)
+            sample(nodes, flow(nodes, small, inversion), noise | other)
         assert not calls
 
 
-def test_grids_that_do_not_meet(comfy, small, nodes):
+def test_token_flow_refuses_other_sigmas_than_those_of_the_inversion(comfy, small, nodes):
     from comfy_extras import nodes_custom_sampler as custom
 
-    noise, inversion = invert(nodes, small, steps=11, sampling_steps=11)
-    model = flow(nodes, small, inversion)
-    with refused(NODE, "of the 10 wanted it missed 8", "`sampling_steps`"), watched(small) as calls:
-        sample(nodes, model, noise, steps=10)
+    # Timesteps 1, 101, ..., 901 and 1, 91, ..., 910 share the first one only.
+    noise, _ = invert(nodes, small, steps=10)
+    model = flow(nodes, small, invert(nodes, small, steps=11)[1])
+    wrong = ("inversion (11 steps", "got 10 steps", "of which 9 are not among them", "Sample with DDIM Sampler")
+    with refused(NODE, *wrong), watched(small) as calls:
+        sample(nodes, model, noise)
     assert not calls
     noise, inversion = invert(nodes, small)
     (guider,) = run_stock(custom.CFGGuider, flow(nodes, small, inversion), prompt(2), prompt(3), 2.0)
     (nothing,), (sampler,) = run_stock(custom.DisableNoise), run_stock(custom.KSamplerSelect, "dpm_2")
-    with refused(NODE, "it missed 1"):  # looks between the sigmas
+    with refused(NODE, "got 1 steps", "of which 1 are not among them"):  # evaluates the model between the sigmas
         run_stock(custom.SamplerCustomAdvanced, nothing, guider, sampler, inversion.sigmas.flip(0), noise)
 
 
@@ -221,14 +232,14 @@ def test_a_source_prompt_that_an_inversion_cannot_hold_is_connected_again(sd15, 
     source = control(prompt(1), hints())
     noise, inversion = invert(nodes, sd15, source, steps=1)
     with refused(NODE, "does not hold its prompt", "Connect the conditioning"), watched(sd15) as calls:
-        sample(nodes, flow(nodes, sd15, inversion), noise, steps=1)
+        sample(nodes, flow(nodes, sd15, inversion), noise)
     assert not calls
     two = flow(nodes, sd15, inversion, conditioning=control(prompt(1), hints(2)))
     with refused(NODE, "2 hint images for 3 frames"), watched(sd15) as calls:
-        sample(nodes, two, noise, steps=1)
+        sample(nodes, two, noise)
     assert not calls
     management.unload_all_models()
-    assert sample(nodes, flow(nodes, sd15, inversion, conditioning=source), noise, steps=1).isfinite().all()
+    assert sample(nodes, flow(nodes, sd15, inversion, conditioning=source), noise).isfinite().all()
     # The ControlNet was loaded like those of the edit's prompts, and keeps no hint of this size.
     net = source[0][1]["control"]
     loaded = [patcher for patcher in management.loaded_models() if patcher is not None]
@@ -244,7 +255,7 @@ def test_a_source_prompt_of_several_parts(comfy, small, nodes, monkeypatch, memo
         set_free_memory(monkeypatch, 0)
     for source in ([*prompt(1), *prompt(2)], prompt(1, area=(3, 4, 1, 3))):
         with refused(NODE, "one source prompt for the whole picture", "Use a plain prompt"):
-            sample(nodes, flow(nodes, small, inversion, conditioning=source), noise, steps=1)
+            sample(nodes, flow(nodes, small, inversion, conditioning=source), noise)
 
 
 def test_hints_of_other_frames_in_a_stock_sampler(sd15, nodes, control):

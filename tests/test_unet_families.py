@@ -1,6 +1,5 @@
 """Every family of UNets that the host loads runs in every node, or is refused in one sentence that names it."""
 
-from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -86,16 +85,17 @@ def text(model, seed: int) -> list:
 
 def run_everywhere(nodes, model):
     """Every node with a MODEL in turn, and last an edit by all of them."""
-    clip, steps = latents(3, 13, 11), {"steps": 2}
+    clip = latents(3, 13, 11)
     source, edit = text(model, 1), text(model, 2)
     features, _ = call(nodes["DiffusionFeatures"], model=model, latent=clip)
     (correspondence,) = call(nodes["Correspondence"], features=features, window=3)
     (guided,) = call(nodes["CorrespondenceAttention"], model=model, correspondence=correspondence)
-    wires = {"model": guided, "conditioning": source, "latent": clip, "sampling_steps": 2, **steps}
-    noise, stored = call(nodes["DDIMInversion"], **wires, storage="memory", refinements=3)
-    inversion = replace(stored, features={})
-    call(nodes["DDIMSamplerSelect"], model=guided, noise=noise, **steps)
-    wires = {"noise": noise, "negative": text(model, 3), **steps}
+    wires = {"model": guided, "conditioning": source, "latent": clip}
+    noise, inversion = call(nodes["DDIMInversion"], **wires, steps=2, refinements=3)
+    (stored,) = call(nodes["StoreFeatures"], model=guided, inversion=inversion)
+    assert len(stored.features) == 2 and not inversion.features
+    call(nodes["DDIMSamplerSelect"], model=guided, noise=noise)
+    wires = {"noise": noise, "negative": text(model, 3)}
     back = call(nodes["DDIMSampler"], model=guided, positive=source, cfg=1.0, **wires)[0]["samples"]
     (flowing,) = call(nodes["TokenFlow"], model=model, inversion=inversion)
     edits = {"guided": guided, "flowing": flowing}
@@ -138,9 +138,11 @@ def test_a_family_that_cannot_be_inverted_is_refused_by_name(comfy, nodes, name)
     with refused("DDIM Sampler", wrong):
         call(nodes["DDIMSampler"], model=model, **wires)
     with refused("DDIM Sampler (for SamplerCustomAdvanced)", wrong):
-        call(nodes["DDIMSamplerSelect"], model=model)
+        call(nodes["DDIMSamplerSelect"], model=model, noise=wires["noise"])
     _, inversion = invert(nodes, tiny())
     with refused("Feature Injection", wrong):
         call(nodes["FeatureInjection"], model=model, inversion=inversion)
+    with refused("Store Features", wrong):
+        call(nodes["StoreFeatures"], model=model, inversion=inversion)
     with refused("TokenFlow", wrong):
         call(nodes["TokenFlow"], model=model, inversion=inversion)

@@ -1,4 +1,4 @@
-"""An inversion that was broken off keeps its finished steps, and can be taken up again."""
+"""An interrupted inversion keeps its finished steps, so that it can be resumed."""
 
 import math
 import os
@@ -18,9 +18,8 @@ LATENTS = (3, 2, 5, 7)  # frames, channels, height, width
 def record(step):
     return {
         "x": randn(*LATENTS, seed=step),
-        "guess": randn(*LATENTS, seed=step + 100),
         "residual": torch.tensor(math.nan if step == 1 else step / 7, dtype=torch.float64),
-        "grew": torch.tensor(step == 2),
+        "stopped": torch.tensor(step == 2),
     }
 
 
@@ -39,14 +38,14 @@ def files(unfinished):
     return sorted(unfinished.folder.iterdir())
 
 
-def test_steps_come_back_in_order(unfinished, tmp_path):
+def test_steps_returns_them_in_order(unfinished, tmp_path):
     assert_same(unfinished.steps(), RECORDS)
     assert_same(UnfinishedInversion(str(tmp_path / "unfinished"), "abc").steps(), RECORDS)
     assert UnfinishedInversion(tmp_path / "unfinished", "abd").steps() == []
     assert len(files(unfinished)) == STEPS
 
 
-def test_a_step_is_kept_as_soon_as_it_is_added(tmp_path):
+def test_add_keeps_a_step_at_once(tmp_path):
     made = UnfinishedInversion(tmp_path / "user" / "unfinished", "abc")
     assert made.steps() == []
     for step, tensors in enumerate(RECORDS):
@@ -54,23 +53,15 @@ def test_a_step_is_kept_as_soon_as_it_is_added(tmp_path):
         assert_same(made.steps(), RECORDS[: step + 1])
 
 
-def test_steps_are_kept_whatever_their_strides(tmp_path):
+def test_add_keeps_tensors_whatever_their_strides(tmp_path):
     made = UnfinishedInversion(tmp_path, "abc")
     made.add(0, {"x": randn(7, 5, 3).permute(2, 1, 0)})
     assert_same(made.steps(), [{"x": randn(7, 5, 3).permute(2, 1, 0)}])
 
 
-def test_a_step_that_ends_with_its_guess_is_kept(tmp_path):
-    """Where refining made the residual grow, `cove.ddim.invert` ends with the guess: one tensor, under two names."""
-    made = UnfinishedInversion(tmp_path, "abc")
-    x = randn(*LATENTS)
-    made.add(0, {"x": x, "guess": x})
-    assert_same(made.steps(), [{"x": x, "guess": x}])
-
-
 @pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b""), None])
 @pytest.mark.parametrize("step", [0, 4, STEPS - 1])
-def test_a_step_that_cannot_be_read_ends_them(unfinished, step, damage):
+def test_steps_ends_before_one_that_cannot_be_read(unfinished, step, damage):
     path = files(unfinished)[step]
     if damage is None:
         os.truncate(path, path.stat().st_size - 1)
@@ -81,7 +72,7 @@ def test_a_step_that_cannot_be_read_ends_them(unfinished, step, damage):
     assert_same(unfinished.steps()[: step + 1], RECORDS[: step + 1])
 
 
-def test_a_step_that_could_not_be_written_is_not_there(unfinished, monkeypatch):
+def test_add_leaves_nothing_of_a_step_that_cannot_be_written(unfinished, monkeypatch):
     before = files(unfinished)
     monkeypatch.setattr(cove.files, "save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
@@ -96,17 +87,17 @@ def test_steps_outlive_their_files(unfinished):
     assert_same(found, RECORDS)
 
 
-def test_discard_forgets_this_one_only(unfinished):
+def test_discard_removes_this_inversion_only(unfinished):
     other = UnfinishedInversion(unfinished.folder.parent, "other")
     other.add(0, RECORDS[0])
     unfinished.discard()
     assert unfinished.steps() == [] and not unfinished.folder.exists()
     assert_same(other.steps(), RECORDS[:1])
-    unfinished.discard()  # nothing there any more
+    unfinished.discard()  # again, without an error
 
 
 def unfinished_ones(folder, count, steps=2):
-    """Begun one after the other; the clock of a file system may be too coarse to tell."""
+    """Yield inversions from the oldest on, dated by hand: the clock of a file system may be too coarse."""
     for i in range(count):
         made = UnfinishedInversion(folder, f"{(7 * i) % 11:02}")  # names of another order
         for step in range(steps):
@@ -124,17 +115,17 @@ def taken(folder):
 def test_size_of_is_just_above_what_the_steps_take(tmp_path, shape, steps):
     made = UnfinishedInversion(tmp_path, "abc")
     for step in range(steps):
-        made.add(step, record(step) | {name: randn(*shape, seed=step) for name in ("x", "guess")})
+        made.add(step, record(step) | {"x": randn(*shape, seed=step)})
     assert taken(tmp_path) <= made.size_of(steps, shape) < taken(tmp_path) + 1024 * steps
 
 
 def test_unfinished_in_lists_the_oldest_first_with_their_bytes(tmp_path):
-    (tmp_path / "a file").write_text("is no unfinished inversion")
+    (tmp_path / "a file").write_text("not an unfinished inversion")
     (tmp_path / "elsewhere").symlink_to(tmp_path)
     ones = list(unfinished_ones(tmp_path, 5))
     found = unfinished_in(tmp_path)
     assert list(found) == [one.folder for one in ones] and sum(found.values()) == taken(tmp_path) - len(
-        "is no unfinished inversion"
+        "not an unfinished inversion"
     )
     assert ones[3].others() == sum(found.values()) - found[ones[3].folder]
     assert unfinished_in(tmp_path / "missing") == {} and UnfinishedInversion(tmp_path / "missing", "a").others() == 0
@@ -142,14 +133,14 @@ def test_unfinished_in_lists_the_oldest_first_with_their_bytes(tmp_path):
 
 @pytest.mark.parametrize("room", [0, 1, 3, 6])
 def test_make_room_removes_the_oldest_until_all_fits(tmp_path, monkeypatch, room):
-    (tmp_path / "a file").write_text("is no unfinished inversion")
+    (tmp_path / "a file").write_text("not an unfinished inversion")
     ones = list(unfinished_ones(tmp_path, 7))
     one = ones[0].others() // 6  # all are of one size
     new = UnfinishedInversion(tmp_path, "new")
     monkeypatch.setattr(UnfinishedInversion, "LIMIT", 7 * one)
     assert new.make_room(room * one) is True
     assert [len(some.steps()) for some in ones] == [0] * room + [2] * (7 - room)
-    # A byte more takes another one.
+    # One byte more removes another one.
     assert new.make_room(room * one + 1) is True
     assert [len(some.steps()) for some in ones] == [0] * (room + 1) + [2] * (6 - room)
     assert (tmp_path / "a file").exists() and new.steps() == []
@@ -159,28 +150,28 @@ def test_make_room_keeps_its_own_steps(tmp_path, monkeypatch):
     ones = list(unfinished_ones(tmp_path, 3))
     one = ones[0].others() // 2
     monkeypatch.setattr(UnfinishedInversion, "LIMIT", 3 * one)
-    assert ones[0].make_room(2 * one) is True  # the oldest goes on
+    assert ones[0].make_room(2 * one) is True  # it is the oldest
     assert [len(some.steps()) for some in ones] == [2, 0, 2]
 
 
-def test_make_room_refuses_what_alone_is_over_the_limit(tmp_path, monkeypatch):
+def test_make_room_refuses_one_that_exceeds_the_limit_alone(tmp_path, monkeypatch):
     ones = list(unfinished_ones(tmp_path, 5))
     one = ones[0].others() // 4
     monkeypatch.setattr(UnfinishedInversion, "LIMIT", 3 * one)
     assert ones[4].make_room(3 * one + 1) is False
-    assert [len(some.steps()) for some in ones] == [0, 2, 2, 2, 0]  # nothing is removed for it, but what is over
+    assert [len(some.steps()) for some in ones] == [0, 2, 2, 2, 0]  # others are removed down to the limit only
 
 
-def test_make_room_says_when_others_cannot_be_removed(tmp_path, monkeypatch):
+def test_make_room_returns_false_when_others_cannot_be_removed(tmp_path, monkeypatch):
     ones = list(unfinished_ones(tmp_path, 3))
     monkeypatch.setattr(UnfinishedInversion, "LIMIT", ones[0].others())
     monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)
     assert UnfinishedInversion(tmp_path, "new").make_room(1) is False
 
 
-def test_steps_never_exceed_the_limit(tmp_path, monkeypatch):
-    """Two processes may keep steps in one folder: neither knows how far the other will get."""
-    limit = UnfinishedInversion.size_of(7, LATENTS)
+def test_add_never_exceeds_the_limit(tmp_path, monkeypatch):
+    """Two processes may write to one folder, and neither knows how many steps the other will add."""
+    limit = UnfinishedInversion.size_of(5, LATENTS)
     monkeypatch.setattr(UnfinishedInversion, "LIMIT", limit)
     one, other = (UnfinishedInversion(tmp_path, name) for name in ("one", "other"))
     assert one.make_room(one.size_of(5, LATENTS)) and other.make_room(other.size_of(5, LATENTS))
@@ -196,7 +187,7 @@ def test_steps_never_exceed_the_limit(tmp_path, monkeypatch):
     assert_same(one.steps(), RECORDS[: len(one.steps())])
 
 
-def test_a_step_is_kept_after_the_one_before_only(tmp_path):
+def test_add_refuses_a_step_without_the_one_before(tmp_path):
     made = UnfinishedInversion(tmp_path, "abc")
     made.add(0, RECORDS[0])
     with pytest.raises(OSError, match="step before"):

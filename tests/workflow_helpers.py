@@ -22,9 +22,7 @@ SMALL = {
     "ControlNetLoader": {"control_net_name": "control_sd15.pth"},
     "CoveLoadFrames": {"count": FRAMES, "width": WIDTH, "height": HEIGHT},
     "CoveCorrespondence": {"window": 5},
-    "CoveDDIMInversion": {"steps": STEPS, "sampling_steps": STEPS},
-    "CoveFeatureInjection": {"resnet_steps": STEPS - 1, "attention_steps": STEPS - 2},
-    "CoveDDIMSampler": {"steps": STEPS},
+    "CoveDDIMInversion": {"steps": STEPS},
 }
 
 

@@ -12,7 +12,7 @@ from .files import check_name, check_space, listed, path_of, place_to_save, save
 from .identity import check_fits, conditioning_of
 from .injection import KEY as INJECTION_KEY
 from .injection import inject, sites_of
-from .inversion import RECOMPUTE, STORAGES, invert, left_unfinished, noise_of, plan_storage
+from .inversion import invert, left_unfinished, noise_of
 from .model import captured, decoder_level_end, grid_at, self_attention_levels, sigmas_at, unet_of
 from .run_info import KEY as ATTENTION_KEY
 from .sampling import (
@@ -21,7 +21,6 @@ from .sampling import (
     check_finite,
     check_no_motion_modules,
     check_not_compiled,
-    check_start,
     check_unmasked,
     check_without,
     plain_conditioning,
@@ -30,7 +29,8 @@ from .sampling import (
     run_unet,
     say,
 )
-from .start import sample_from_noise, warn_of_start
+from .start import sample_from_noise, sampling_sigmas, warn_of_start
+from .storage import STORAGES, store_features
 from .tokenflow import KEY as TOKENFLOW_KEY
 from .tokenflow import flow_tokens
 from .video import read_video
@@ -43,7 +43,6 @@ InversionType = io.Custom("COVE_INVERSION")
 __all__ = [
     "ATTENTION_KEY",
     "INJECTION_KEY",
-    "RECOMPUTE",
     "STORAGES",
     "TOKENFLOW_KEY",
     "CorrespondenceType",
@@ -61,7 +60,6 @@ __all__ = [
     "check_not_compiled",
     "check_same_space",
     "check_space",
-    "check_start",
     "check_unmasked",
     "check_without",
     "conditioning_of",
@@ -79,12 +77,12 @@ __all__ = [
     "path_of",
     "place_to_save",
     "plain_conditioning",
-    "plan_storage",
     "preview",
     "read_video",
     "run",
     "run_unet",
     "sample_from_noise",
+    "sampling_sigmas",
     "saved_files",
     "saving",
     "say",
@@ -93,6 +91,7 @@ __all__ = [
     "sites_of",
     "skipped",
     "state_of",
+    "store_features",
     "text_embedding",
     "unet_of",
     "warn_of_start",

@@ -15,12 +15,12 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from torch import Tensor
 
 from ...cove.injection import ATTENTION, RESNET, Site, choose_blocks, put_back
-from ...cove.inversion import Inversion
+from ...cove.inversion import SIGMA_TOLERANCE, Inversion
 from .frames import frames_in
 from .model import block_levels, grid_at, transformers_of, unet_of
 from .run_info import area_of, latent_size, options_with, publish_run, sigma_of
 from .sampling import check_not_compiled
-from .source import FEATURES, RUNNING, SourceBranch, check_meets, check_one_prompt
+from .source import FEATURES, RUNNING, SourceBranch, check_one_prompt
 from .visits import Evaluations, Visits, check_no_step_cache, skipped
 
 KEY, COMPUTED = "cove_injection", "cove_injection_computed"
@@ -93,8 +93,8 @@ class Taking:
         self.check(sigma)
         if self.taken.keys() != {None}:
             raise ValueError(
-                f"{self.node}: features cannot be stored with context windows, where a frame is seen several times. "
-                f"Set `storage` to recompute."
+                f"{self.node}: features cannot be stored with context windows, which run a frame several times. Remove "
+                f"the context windows from this model."
             )
         return self.taken[None]
 
@@ -200,17 +200,17 @@ class _Injection:
 
     source: SourceBranch
     sites: tuple[Site, ...]
-    steps: Mapping[str, int]  # by kind of site
+    steps: Mapping[str, int]  # how many of the first sampling steps, by kind of site
     levels: Mapping[tuple[str, int], int]
 
     @property
     def inversion(self) -> Inversion:
         return self.source.inversion
 
-    def active(self, kind: str, sigma: float, sample_sigmas: Tensor) -> bool:
-        """Whether a call at `sigma` belongs to the first steps of sampling with `sample_sigmas`."""
-        steps = min(self.steps[kind], len(sample_sigmas) - 1)
-        return steps > 0 and sigma >= float(sample_sigmas[steps - 1]) * (1 - 1e-4)
+    def active(self, kind: str, sigma: float) -> bool:
+        """Whether a call at `sigma` belongs to the first steps of sampling, wherever the run starts."""
+        steps = self.steps[kind]
+        return steps > 0 and sigma >= float(self.inversion.sigmas[-steps]) * (1 - SIGMA_TOLERANCE)
 
     def stored_for(self, step: int, names: set[str]) -> Mapping[str, Tensor] | None:
         stored = self.inversion.features.get(step, {})
@@ -219,30 +219,33 @@ class _Injection:
     def needs_source(self, sample_sigmas: Tensor) -> bool:
         """Whether some features of this run are not stored."""
         for sigma in map(float, sample_sigmas[:-1]):
-            names = self.names_at(sigma, sample_sigmas)
+            names = self.names_at(sigma)
             if names and self.stored_for(self.inversion.step_at(sigma), names) is None:
                 return True
         return False
 
-    def names_at(self, sigma: float, sample_sigmas: Tensor) -> set[str]:
-        return {str(site) for site in self.sites if self.active(site.kind, sigma, sample_sigmas)}
+    def names_at(self, sigma: float) -> set[str]:
+        return {str(site) for site in self.sites if self.active(site.kind, sigma)}
 
 
 def inject(
     model,
     inversion: Inversion,
     sites: tuple[Site, ...],
-    resnet_steps: int,
-    attention_steps: int,
+    shares: Mapping[str, float],
     conditioning,
     node: str,
     tell: Callable[..., None],
 ):
-    """A clone of MODEL that puts features of the inverted clip back during the first steps of sampling."""
+    """Return a clone of MODEL that injects features of the inverted clip during the first sampling steps.
+
+    Args:
+        shares: of the sampling steps, by kind of site.
+    """
     unet = unet_of(model, node)
     if model.get_wrappers(WRAPPERS.CALC_COND_BATCH, KEY):
         raise ValueError(f"{node}: expected a model without Feature Injection, got one with it. Take one of them off.")
-    steps = {RESNET: resnet_steps, ATTENTION: attention_steps}
+    steps = {kind: inversion.schedule.share(share) for kind, share in shares.items()}
     source = SourceBranch(inversion, conditioning, KEY, node, tell)
     injection = _Injection(source, sites, steps, block_levels(unet))
     model = with_sites(model)
@@ -259,8 +262,8 @@ def _check_run(injection: _Injection, executor, noise: Tensor, latent_image, sam
     check_not_compiled(executor.class_obj.model_patcher, source.node)
     check_no_step_cache(executor.class_obj.model_options["transformer_options"].get("wrappers", {}), source.node)
     source.check_clip(noise)
-    wanted = [sigma for sigma in map(float, sigmas[:-1]) if injection.names_at(sigma, sigmas)]
-    check_meets(source.inversion.sigmas, wanted, source.node)
+    wanted = [sigma for sigma in map(float, sigmas[:-1]) if injection.names_at(sigma)]
+    source.check_meets(wanted)
     if injection.needs_source(sigmas):
         source.check_prompt()
     return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
@@ -279,8 +282,7 @@ class _Computed:
 def _with_source(injection: _Injection, executor, guider, sigmas, extra_args, callback, noise, latent_image, *args):
     """Around a run: the source prompt, if it is needed, and a look at whether every evaluation comes."""
     injection.source.warn_of_start(guider, sigmas[0], noise, latent_image)
-    counts_on = partial(injection.names_at, sample_sigmas=sigmas)
-    evaluations = Evaluations(guider, counts_on, injection.source.node)
+    evaluations = Evaluations(guider, injection.names_at, injection.source.node)
     told = options_with(extra_args["model_options"], **{COMPUTED: _Computed(evaluations)})
     extra_args = {**extra_args, "model_options": told}
     source = injection.source.ready(guider, extra_args, noise) if injection.needs_source(sigmas) else None
@@ -292,7 +294,7 @@ def _run_injected(injection: _Injection, executor, model, conds, x_in: Tensor, t
     """Around one evaluation of all conditionings: the features of the source at this sigma, stored or computed."""
     options = model_options.get("transformer_options", {})
     sigma = float(timestep[0])
-    names = injection.names_at(sigma, options["sample_sigmas"])
+    names = injection.names_at(sigma)
     if not names or options.get(RUNNING):
         return executor(model, conds, x_in, timestep, model_options)
     step = injection.source.step_at(sigma)

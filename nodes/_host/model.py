@@ -11,7 +11,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, UNetModel
 from comfy.model_sampling import ModelSamplingDiscrete
 from torch import Tensor
 
-from ...cove.ddim import MOST_STEPS, TRAIN_TIMESTEPS, sampling_timesteps
+from ...cove.schedule import MAX_STEPS, TRAIN_TIMESTEPS, Schedule
 
 Block = tuple[str, int]
 
@@ -75,12 +75,12 @@ def sigmas_at(model, timesteps: list[int], node: str) -> Tensor:
     sigmas = sigmas_of(timesteps)
     if not (sigmas[1:] > sigmas[:-1]).all():
         levels = sigmas_of(list(range(TRAIN_TIMESTEPS)))
-        grids = {steps: levels[sampling_timesteps(steps)] for steps in range(1, MOST_STEPS + 1)}
+        grids = {steps: levels[Schedule(steps).sampling] for steps in range(1, MAX_STEPS + 1)}
         most = max(steps for steps, grid in grids.items() if (grid[1:] > grid[:-1]).all())
         raise ValueError(
             f"{node}: expected steps that each have another noise level, but {sampling_name(sampling)} has too few "
-            f"levels for timesteps {timesteps[:3]} and so on. With this model, inversion and sampling can take at most "
-            f"{most} steps."
+            f"levels for timesteps {timesteps[:3]} and so on. With this model, inversion can take at most {most} steps "
+            f"(`steps` times `multiple`)."
         )
     return sigmas
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from .frames import Cut, check_rows
 from .run_info import only_ours, options_with, publish_run
 
-# What a LATENT with inverted noise carries: the sigmas of the inversion, and what `guidance_of` says of its model.
-GRID_KEY, GUIDANCE_KEY = "cove_sigmas", "cove_guidance"
+# What a LATENT with inverted noise carries: the sigmas of sampling, ascending from 0, and `guidance_of` its model.
+SIGMAS_KEY, GUIDANCE_KEY = "cove_sigmas", "cove_guidance"
 
 
 def run(
@@ -59,7 +59,7 @@ def run(
         )
     except FloatingPointError as error:
         raise FloatingPointError(f"{node}: {error}") from error
-    carried = {name: value for name, value in latent.items() if name not in (GRID_KEY, GUIDANCE_KEY)}
+    carried = {name: value for name, value in latent.items() if name not in (SIGMAS_KEY, GUIDANCE_KEY)}
     return carried | {"samples": result}
 
 
@@ -158,18 +158,6 @@ def say(node, text: str, level: int = logging.INFO) -> None:
     module = sys.modules.get("server")  # there when ComfyUI serves a page, and not where nodes are called by a script
     if module is not None and node.hidden is not None:
         module.PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
-
-
-def check_start(latent: dict[str, Any], sigmas: Tensor, node: str) -> None:
-    """An error when the latents come from an inversion that ended elsewhere than where `sigmas` start."""
-    check_unmasked(latent, node)
-    grid = latent.get(GRID_KEY)
-    if grid is not None and not math.isclose(float(grid[-1]), float(sigmas[0]), rel_tol=1e-4):
-        raise ValueError(
-            f"{node}: the inversion ended at sigma {float(grid[-1]):.4f} ({len(grid) - 1} steps), but sampling starts "
-            f"at sigma {float(sigmas[0]):.4f} ({len(sigmas) - 1} steps). Set `sampling_steps` of DDIM Inversion to "
-            f"{len(sigmas) - 1}, and use the same checkpoint for both."
-        )
 
 
 def is_noise(x: Tensor, sigma: float) -> bool:

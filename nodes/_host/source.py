@@ -12,7 +12,8 @@ import comfy.sampler_helpers
 import comfy.samplers
 from torch import Tensor
 
-from ...cove.inversion import Inversion, step_at
+from ...cove.inversion import Inversion
+from .format import format_sigmas
 from .frames import check_no_reference, check_rows, cut_conds, frames_in
 from .run_info import area_of, options_with
 from .start import start_warnings
@@ -62,7 +63,7 @@ class SourceBranch:
         start = guider.inner_model.model_sampling.noise_scaling(sigma, noise, latent_image, False)
         warnings = start_warnings(start, float(sigma), self.inversion.about, guider.model_options)
         inverted = self.inversion.noise.to(start)
-        ends_here = step_at(self.inversion.sigmas, float(sigma)) == len(self.inversion.guesses) - 1
+        ends_here = self.inversion.step_at(float(sigma)) == self.inversion.schedule.steps - 1
         if not warnings and ends_here and (start - inverted).norm() > 0.05 * inverted.norm():
             warnings.append("sampling starts from other latents than the noise of this inversion")
         if warnings:
@@ -98,21 +99,30 @@ class SourceBranch:
             comfy.sampler_helpers.cleanup_models(conds, [])
 
     def step_at(self, sigma: float) -> int:
-        """The step of the inversion that ended at `sigma`; an error for a sampler that looks elsewhere."""
-        step = self.inversion.step_at(sigma)
-        if step is None:
-            check_meets(self.inversion.sigmas, [sigma], self.node)
-        return step
+        """The sampling step at `sigma`; an error for a sampler that evaluates the model elsewhere."""
+        self.check_meets([sigma])
+        return self.inversion.step_at(sigma)
+
+    def check_meets(self, sigmas: list[float]) -> None:
+        """An error when sampling evaluates the model where the source is not known."""
+        missed = [sigma for sigma in sigmas if self.inversion.step_at(sigma) is None]
+        if missed:
+            known = self.inversion.sigmas[1:].flip(0).tolist()
+            raise ValueError(
+                f"{self.node}: expected the sigmas of the inversion ({format_sigmas(known)}), got "
+                f"{format_sigmas(sigmas)}, of which {len(missed)} are not among them. Sample with DDIM Sampler, or "
+                "with the sampler and the sigmas of DDIM Sampler (for SamplerCustomAdvanced)."
+            )
 
     def run(self, executor, model, step: int, x_in: Tensor, timestep: Tensor, model_options, **published) -> None:
         """Evaluate the source at a step of its inversion, on the frames in the batch, with `executor`."""
-        guess, prompt = self.inversion.guesses[step], [list(model_options["transformer_options"][self.key])]
-        frames, clip = frames_in(model_options["transformer_options"]), len(guess)
+        latents, prompt = self.inversion.latents[step], [list(model_options["transformer_options"][self.key])]
+        frames, clip = frames_in(model_options["transformer_options"]), len(latents)
         if frames is not None:
-            guess, prompt = guess[list(frames)], cut_conds(prompt, range(clip), frames, clip)
+            latents, prompt = latents[list(frames)], cut_conds(prompt, range(clip), frames, clip)
         # Nothing of what is done to the edit is done to the source.
         published = {FEATURES: None, ATTENTION: None, RUNNING: True, **published}
-        executor(model, prompt, guess.to(x_in), timestep, options_with(model_options, **published))
+        executor(model, prompt, latents.to(x_in), timestep, options_with(model_options, **published))
 
 
 def check_one_prompt(options: dict[str, Any], node: str, before: Any = None) -> Any:
@@ -127,20 +137,3 @@ def check_one_prompt(options: dict[str, Any], node: str, before: Any = None) -> 
             f"one with an area ran. Use a plain prompt."
         )
     return uuids[0]
-
-
-def check_meets(inverted: Tensor, sigmas: list[float], node: str) -> None:
-    """An error that names both grids when an inversion through the sigmas `inverted` was not at some of these."""
-    missed = [sigma for sigma in sigmas if step_at(inverted, sigma) is None]
-    if missed:
-        raise ValueError(
-            f"{node}: the source is known at the sigmas that the inversion went through, but of the {len(sigmas)} "
-            f"wanted it missed {len(missed)}. Inversion: {_spell(inverted[1:].flip(0).tolist())}. Sampling: "
-            f"{_spell(sigmas)}. Set `sampling_steps` of DDIM Inversion to the sampler's steps, `steps` to the "
-            f"same or to what that node offers, and use the same checkpoint for both."
-        )
-
-
-def _spell(sigmas: list[float]) -> str:
-    texts = [f"{sigma:.4g}" for sigma in sigmas]
-    return f"{len(texts)} steps, sigma {', '.join(texts if len(texts) < 7 else [*texts[:3], '...', *texts[-2:]])}"

@@ -6,16 +6,41 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...cove import ddim
+from ...cove.schedule import Schedule
 from .attention import guidance_differs
-from .sampling import GUIDANCE_KEY, is_noise
+from .model import sigmas_at
+from .sampling import GUIDANCE_KEY, SIGMAS_KEY, check_unmasked, is_noise
 
 NEVER_INVERTED = (
     "the latents that sampling starts from are not inverted noise: they are far too clean for the first sigma. Connect "
     "the `noise` of DDIM Inversion or Load Inversion, not the latents of the clip"
 )
+
+
+def sampling_sigmas(model, noise: dict[str, Any], node: str) -> Tensor:
+    """Return the sigmas that a LATENT with inverted noise carries, descending to 0, [steps + 1].
+
+    Raises:
+        ValueError: the LATENT carries none, has a noise mask, or was inverted with another model sampling.
+    """
+    check_unmasked(noise, node)
+    if SIGMAS_KEY not in noise:
+        raise ValueError(
+            f"{node}: expected inverted noise, got latents that were never inverted, or lost their schedule in another "
+            "node. Connect the `noise` output of DDIM Inversion or Load Inversion."
+        )
+    sigmas = noise[SIGMAS_KEY]
+    ours = torch.cat((torch.zeros(1), sigmas_at(model, Schedule(len(sigmas) - 1).sampling, node)))
+    if not torch.allclose(sigmas, ours, rtol=1e-4, atol=0):
+        raise ValueError(
+            f"{node}: the inversion ended at sigma {float(sigmas[-1]):.4f}, but the same timestep of this model has "
+            f"sigma {float(ours[-1]):.4f}. Sample with the checkpoint and the model sampling that inverted the clip."
+        )
+    return sigmas.flip(0)
 
 
 def start_warnings(

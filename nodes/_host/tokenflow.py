@@ -23,7 +23,7 @@ from .frames import Cut, check_no_reference, check_rows, cut_conds, frames_in
 from .model import Block, blocks_of, grid_at, self_attention_levels, transformers_of, unet_of
 from .run_info import area_of, latent_size, options_with, publish_run
 from .sampling import check_not_compiled
-from .source import ATTENTION, RUNNING, SourceBranch, check_meets, check_one_prompt
+from .source import ATTENTION, RUNNING, SourceBranch, check_one_prompt
 from .visits import Evaluations, Visits, check_no_step_cache
 
 KEY, EVALUATIONS = "cove_tokenflow", "cove_tokenflow_evaluations"
@@ -86,7 +86,7 @@ class _Step:
         """Of so many frames: the seed's first draw at the noisiest step, its second at the next, and so on."""
         if frames not in self.drawn:
             generator = torch.Generator().manual_seed(self.flow.seed)
-            for _ in range(self.number, len(self.flow.source.inversion.guesses)):
+            for _ in range(self.number, self.flow.source.inversion.schedule.steps):
                 self.drawn[frames] = choose_keyframes(frames, self.flow.every, generator)
         return self.drawn[frames]
 
@@ -255,7 +255,7 @@ def _check_run(flow: _Flow, patches, executor, noise: Tensor, latent_image, samp
     check_not_compiled(guider.model_patcher, source.node)
     check_no_step_cache(guider.model_options["transformer_options"].get("wrappers", {}), source.node)
     source.check_clip(noise)
-    check_meets(source.inversion.sigmas, sigmas[:-1].tolist(), source.node)
+    source.check_meets(sigmas[:-1].tolist())
     source.check_prompt()
     conds = [cond for some in guider.conds.values() for cond in some]
     check_no_reference(conds, source.node)

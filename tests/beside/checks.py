@@ -14,7 +14,7 @@ CLOSE = {"rtol": 1e-3, "atol": 1e-2}  # of values up to 50: batches of another s
 ORDERS = pytest.mark.parametrize("order", ["before", "after"])
 
 NODES = ("Diffusion Features: ", "DDIM Inversion: ", "DDIM Sampler: ", "Correspondence Attention: ")
-NODES += ("Feature Injection: ", "TokenFlow: ")
+NODES += ("Feature Injection: ", "Store Features: ", "TokenFlow: ")
 
 
 def alone(nodes, model):

@@ -18,6 +18,7 @@ from tests.inversion_helpers import (
     joint,
     part_of,
     sample,
+    store_unless_recomputed,
     watched,
 )
 
@@ -61,7 +62,7 @@ def test_inversion_and_edit_of_frames_alone(small, nodes, windows, order):
     model = arranged(order, small, windows[0], own)
     cut_noise, cut_inversion = invert(nodes, model, latent=latents(FRAMES))
     assert_close(cut_noise["samples"], noise["samples"], **CLOSE)
-    assert_close(cut_inversion.guesses, inversion.guesses, **CLOSE)
+    assert_close(cut_inversion.latents, inversion.latents, **CLOSE)
     assert_close(sample(nodes, model, noise), sample(nodes, own(small), noise), **CLOSE)
 
 
@@ -76,9 +77,11 @@ def test_diffusion_features(small, nodes, windows, batch_size):
 @pytest.mark.parametrize("storage", ["recompute", "memory"])
 @ORDERS
 def test_feature_injection(small, nodes, windows, order, storage):
-    noise, inversion = invert(nodes, small, latent=latents(FRAMES), storage=storage, **ALL)
-    expected = sample(nodes, inject(nodes, small, inversion, **ALL), noise)
-    model = arranged(order, small, windows[0], lambda model: inject(nodes, model, inversion, **ALL))
+    noise, inversion = invert(nodes, small, latent=latents(FRAMES))
+    inversion = store_unless_recomputed(nodes, small, inversion, storage)
+    blocks = ALL if storage == "recompute" else {}  # those that are stored
+    expected = sample(nodes, inject(nodes, small, inversion, **blocks), noise)
+    model = arranged(order, small, windows[0], lambda model: inject(nodes, model, inversion, **blocks))
     assert_close(sample(nodes, model, noise), expected, **CLOSE)
 
 
@@ -150,7 +153,7 @@ def test_all_of_it_at_once(small, nodes, windows, order):
     cut, _ = windows
     guided = guide(nodes, small, latents(FRAMES))
     noise, inversion = invert(nodes, cut(guided), latent=latents(FRAMES))
-    assert inversion.guesses.isfinite().all()
+    assert inversion.latents.isfinite().all()
     edit = sample(nodes, inject(nodes, cut(guided), inversion, **ALL), noise)
     assert edit.isfinite().all()
     other = sample(nodes, cut(inject(nodes, guided, inversion, **ALL)), noise)

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from tests.beside.checks import CLOSE, FRAMES, STEPS, alone, equal_or_refused
 from tests.beside.models import tiny_controlnet
 from tests.helpers import hints, latents, prompt
-from tests.inversion_helpers import ALL, flow, guide, inject, invert, joint, sample
+from tests.inversion_helpers import ALL, flow, guide, inject, invert, joint, sample, store
 
 STRENGTHS = (1.0, 0.7, 0.0, 0.4, 0.9)  # one a frame
 
@@ -42,7 +42,7 @@ def test_hints_as_those_of_a_stock_controlnet(small, nodes, advanced, stock, ima
         source, edit = controlled(prompt(1), hints(images)), controlled(prompt(2), hints(images, seed=3))
         noise, inversion = invert(nodes, guided, source, latents(FRAMES), STEPS)
         model = inject(nodes, guided, inversion, conditioning=source, **ALL)
-        runs.append((noise["samples"], sample(nodes, model, noise, edit, steps=STEPS)))
+        runs.append((noise["samples"], sample(nodes, model, noise, edit)))
     for one, other in zip(*runs, strict=True):
         assert_close(other, one, **CLOSE)
 
@@ -53,7 +53,7 @@ def test_tokenflow_with_hints(small, nodes, advanced, stock):
         source, edit = controlled(prompt(1), hints(FRAMES)), controlled(prompt(2), hints(FRAMES, seed=3))
         noise, inversion = invert(nodes, small, source, latents(FRAMES), STEPS)
         model = flow(nodes, small, inversion, conditioning=source)
-        runs.append(sample(nodes, model, noise, edit, steps=STEPS))
+        runs.append(sample(nodes, model, noise, edit))
     assert_close(runs[1], runs[0], **CLOSE)
 
 
@@ -66,8 +66,8 @@ def test_hints_with_windows(small, nodes, advanced, stock, windowed, images, kin
     noise, _ = invert(nodes, small, source, latents(FRAMES), STEPS)
     model = windowed(small, partial(alone, nodes))
     equal_or_refused(lambda: invert(nodes, model, source, latents(FRAMES), STEPS)[0]["samples"], noise["samples"])
-    expected = sample(nodes, alone(nodes, small), noise, edit, steps=STEPS)
-    equal_or_refused(lambda: sample(nodes, model, noise, edit, steps=STEPS), expected)
+    expected = sample(nodes, alone(nodes, small), noise, edit)
+    equal_or_refused(lambda: sample(nodes, model, noise, edit), expected)
 
 
 @pytest.mark.parametrize("kind", ["stock", "advanced"])
@@ -79,8 +79,8 @@ def test_hints_of_the_source_with_windows(small, nodes, advanced, stock, windowe
     def patch(model):
         return inject(nodes, model, inversion, conditioning=source, **ALL)
 
-    expected = sample(nodes, patch(small), noise, steps=STEPS)
-    equal_or_refused(lambda: sample(nodes, windowed(small, patch), noise, steps=STEPS), expected)
+    expected = sample(nodes, patch(small), noise)
+    equal_or_refused(lambda: sample(nodes, windowed(small, patch), noise), expected)
 
 
 # --- latent keyframes ---
@@ -96,7 +96,7 @@ def one_by_one(nodes, small, stock, noise):
     pictures, edits = hints(FRAMES, seed=3), []
     for index, strength in enumerate(STRENGTHS):
         edit = stock(prompt(2), pictures[[index]], strength=strength) if strength else prompt(2)
-        edits.append(sample(nodes, small, noise | {"samples": noise["samples"][[index]]}, edit, steps=STEPS))
+        edits.append(sample(nodes, small, noise | {"samples": noise["samples"][[index]]}, edit))
     return torch.cat(edits)
 
 
@@ -104,7 +104,7 @@ def test_latent_keyframes(small, nodes, acn, advanced, stock):
     noise, _ = invert(nodes, small, latent=latents(FRAMES), steps=STEPS)
     edit = advanced(prompt(2), hints(FRAMES, seed=3), latent_kf_override=keyframes(acn))
     expected = one_by_one(nodes, small, stock, noise)
-    assert_close(sample(nodes, alone(nodes, small), noise, edit, steps=STEPS), expected, **CLOSE)
+    assert_close(sample(nodes, alone(nodes, small), noise, edit), expected, **CLOSE)
 
 
 def test_latent_keyframes_with_windows(small, nodes, acn, advanced, stock, windowed):
@@ -112,7 +112,7 @@ def test_latent_keyframes_with_windows(small, nodes, acn, advanced, stock, windo
     edit = advanced(prompt(2), hints(FRAMES, seed=3), latent_kf_override=keyframes(acn))
     model = windowed(small, partial(alone, nodes))
     expected = one_by_one(nodes, small, stock, noise)
-    equal_or_refused(lambda: sample(nodes, model, noise, edit, steps=STEPS), expected)
+    equal_or_refused(lambda: sample(nodes, model, noise, edit), expected)
 
 
 @pytest.mark.parametrize("blend", [True, False])
@@ -124,7 +124,7 @@ def test_latent_keyframes_with_tokenflow(small, nodes, acn, advanced, stock, ble
         source, edit = controlled(prompt(1), hints(FRAMES)), controlled(prompt(2), hints(FRAMES, seed=3))
         noise, inversion = invert(nodes, small, source, latents(FRAMES), STEPS)
         model = flow(nodes, small, inversion, conditioning=source, blend_keyframes=blend)
-        runs.append(sample(nodes, model, noise, edit, steps=STEPS))
+        runs.append(sample(nodes, model, noise, edit))
     assert_close(*runs, **CLOSE)
 
 
@@ -144,7 +144,7 @@ def test_timestep_keyframes_of_the_edit(small, nodes, acn, advanced):
         advanced(prompt(2), hints(FRAMES), **settings)
         for settings in ({"end_percent": 0.5}, {"timestep_kf": until_half(acn)}, {})
     ]
-    stopped, keyed, whole = (sample(nodes, guided, noise, edit, steps=STEPS) for edit in edits)
+    stopped, keyed, whole = (sample(nodes, guided, noise, edit) for edit in edits)
     assert_close(keyed, stopped, **CLOSE)
     assert (whole - stopped).abs().max() > 1e-2
 
@@ -161,17 +161,14 @@ def test_timestep_keyframes_of_an_inversion(small, nodes, acn, advanced):
 def test_timestep_keyframes_of_the_source(small, nodes, acn, advanced, storage):
     stopped = advanced(prompt(1), hints(FRAMES), end_percent=0.5)
     keyed = advanced(prompt(1), hints(FRAMES), timestep_kf=until_half(acn))
-    stored = {"storage": storage, **ALL}
-    noise, inversion = invert(nodes, small, stopped, latents(FRAMES), STEPS, **stored)
-    expected = sample(nodes, inject(nodes, small, inversion, conditioning=stopped, **ALL), noise, steps=STEPS)
-    if storage == "memory":  # taken during the inversion
-        try:
-            inversion = invert(nodes, small, keyed, latents(FRAMES), STEPS, **stored)[1]
-        except ValueError as error:
-            assert str(error).startswith("DDIM Inversion: ")
-            return
-    got = sample(nodes, inject(nodes, small, inversion, conditioning=keyed, **ALL), noise, steps=STEPS)
-    assert_close(got, expected, **CLOSE)
+    noise, inversion = invert(nodes, small, stopped, latents(FRAMES), STEPS)
+
+    def edit(source):
+        if storage == "memory":
+            return sample(nodes, inject(nodes, small, store(nodes, small, inversion, conditioning=source)), noise)
+        return sample(nodes, inject(nodes, small, inversion, conditioning=source, **ALL), noise)
+
+    assert_close(edit(keyed), edit(stopped), **CLOSE)
 
 
 def test_an_inversion_with_other_keyframes_begins_anew(small, nodes, acn, advanced):

@@ -77,13 +77,13 @@ IMAGES = pytest.mark.parametrize("images", KINDS.values(), ids=KINDS)
 def test_inversion_and_edit(model, nodes, prompted, images, order):
     clip = arranged(order, model, lambda model: prompted(model, images), partial(alone, nodes))
     noise, _ = invert(nodes, clip, latent=latents(FRAMES), steps=STEPS)
-    edit = sample(nodes, clip, noise, steps=STEPS)
-    assert (edit - sample(nodes, model, noise, steps=STEPS)).abs().max() > 0.1
+    edit = sample(nodes, clip, noise)
+    assert (edit - sample(nodes, model, noise)).abs().max() > 0.1
     for frame in range(FRAMES):
         lone = prompted(model, some(images, [frame]))
         found = invert(nodes, lone, latent=each(latents(FRAMES))[frame], steps=STEPS)[0]["samples"]
         assert_close(noise["samples"][[frame]], found, **CLOSE)
-        assert_close(edit[[frame]], sample(nodes, lone, each(noise)[frame], steps=STEPS), **CLOSE)
+        assert_close(edit[[frame]], sample(nodes, lone, each(noise)[frame]), **CLOSE)
 
 
 @pytest.mark.parametrize("batch_size", [2, 3])
@@ -102,10 +102,10 @@ def test_diffusion_features_in_batches(model, nodes, prompted, images, batch_siz
 def test_feature_injection(model, nodes, prompted, images, order):
     noise, inversion = invert(nodes, prompted(model, images), latent=latents(FRAMES), steps=STEPS)
     ours = partial(inject, nodes, inversion=inversion)
-    edit = sample(nodes, arranged(order, model, lambda model: prompted(model, images), ours), noise, steps=STEPS)
+    edit = sample(nodes, arranged(order, model, lambda model: prompted(model, images), ours), noise)
     for frame in range(FRAMES):
         lone = inject(nodes, prompted(model, some(images, [frame])), part_of(inversion, [frame]))
-        assert_close(edit[[frame]], sample(nodes, lone, each(noise)[frame], steps=STEPS), **CLOSE)
+        assert_close(edit[[frame]], sample(nodes, lone, each(noise)[frame]), **CLOSE)
 
 
 # --- frames that see one another ---
@@ -118,7 +118,7 @@ def test_correspondence_attention_before_and_after(model, nodes, prompted, image
     (correspondence,) = call(nodes["Correspondence"], features=features, window=3)
     before = call(nodes["CorrespondenceAttention"], model=prompted(model, images), correspondence=correspondence)[0]
     noise, _ = invert(nodes, after, latent=latents(FRAMES), steps=STEPS)
-    assert torch.equal(sample(nodes, after, noise, steps=STEPS), sample(nodes, before, noise, steps=STEPS))
+    assert torch.equal(sample(nodes, after, noise), sample(nodes, before, noise))
 
 
 @pytest.mark.parametrize("blend", [True, False])
@@ -144,8 +144,8 @@ def test_edit_with_windows(model, nodes, prompted, windowed, images):
         lambda model: prompted(alone(nodes, model), images),
         lambda model: alone(nodes, prompted(model, images)),
     ):
-        expected = sample(nodes, patch(model), noise, steps=STEPS)
-        equal_or_refused(lambda patch=patch: sample(nodes, windowed(model, patch), noise, steps=STEPS), expected)
+        expected = sample(nodes, patch(model), noise)
+        equal_or_refused(lambda patch=patch: sample(nodes, windowed(model, patch), noise), expected)
 
 
 @IMAGES
@@ -164,8 +164,8 @@ def test_feature_injection_with_windows(model, nodes, prompted, windowed, images
     def patch(model):
         return inject(nodes, prompted(model, images), inversion)
 
-    expected = sample(nodes, patch(model), noise, steps=STEPS)
-    equal_or_refused(lambda: sample(nodes, windowed(model, patch), noise, steps=STEPS), expected)
+    expected = sample(nodes, patch(model), noise)
+    equal_or_refused(lambda: sample(nodes, windowed(model, patch), noise), expected)
 
 
 @IMAGES

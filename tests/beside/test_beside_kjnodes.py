@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.helpers import call, latents, prompt, refused
+from tests.helpers import call, latents, prompt, refused, run_stock
 from tests.inversion_helpers import ALL, flow, guide, inject, invert, sample
 
 FRAMES = 5
@@ -59,21 +59,27 @@ def test_scheduled_guidance_is_a_guider_like_any_other(small, nodes, kj):
     guided = guide(nodes, small, latents(FRAMES))
     noise, inversion = invert(nodes, guided, latent=latents(FRAMES))
     model = inject(nodes, guided, inversion, **ALL)
-    sampler, sigmas = call(nodes["DDIMSamplerSelect"], model=model, steps=3, noise=noise)
+    sampler, sigmas = call(nodes["DDIMSamplerSelect"], model=model, noise=noise)
     (guider,) = kj("ScheduledCFGGuidance", model=model, positive=prompt(2), negative=prompt(3), cfg=2.0)
     (nothing,) = DisableNoise.execute().args
     edit, _ = SamplerCustomAdvanced.execute(nothing, guider, sampler, sigmas, noise).args
     assert torch.equal(edit["samples"], sample(nodes, model, noise))
 
 
-def test_frames_taken_out_of_a_batch(small, nodes, kj):
-    """Of latents before an inversion they are a clip; of inverted noise they are not that inversion any more."""
+def test_frames_from_a_batch_are_a_clip_before_inversion_and_lose_their_schedule_after_it(small, nodes, kj):
+    from nodes import LatentFromBatch
+
     taken = kj("GetLatentRangeFromBatch", latents=latents(FRAMES), start_index=1, num_frames=3)[0]
     noise, _ = invert(nodes, small, latent=taken)
     expected, _ = invert(nodes, small, latent={"samples": latents(FRAMES)["samples"][1:4]})
     assert torch.equal(noise["samples"], expected["samples"])
     whole, inversion = invert(nodes, small, latent=latents(FRAMES))
     part = kj("GetLatentRangeFromBatch", latents=whole, start_index=1, num_frames=3)[0]
+    assert set(part) == {"samples"}
+    with refused("DDIM Sampler", "lost their schedule in another node", "Connect the `noise` output"):
+        sample(nodes, small, part)
+    # Core's Latent From Batch keeps it. The frames are then noise, but not that of the inversion.
+    part = run_stock(LatentFromBatch, whole, 1, 3)[0]
     assert sample(nodes, small, part).isfinite().all()
     wrong = "Give the sampler the noise of the same inversion"
     with refused("Feature Injection", wrong):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.helpers import hints, latents, prompt, refused
-from tests.inversion_helpers import flow, guide, inject, invert, joint, sample, tiny
+from tests.inversion_helpers import flow, guide, inject, invert, joint, sample, store, tiny
 from tests.random_models import vae_weights
 
 FRAMES, STEPS = 3, 3
@@ -47,8 +47,8 @@ def test_inversion_edit_and_injection_run(model, nodes, referring, kind):
     referred, _ = invert(nodes, model, source, latents(FRAMES), STEPS)
     assert (referred["samples"] - noise["samples"]).abs().max() > 0.1
     for patched in (model, inject(nodes, model, inversion)):
-        edit = sample(nodes, patched, noise, *edits, steps=STEPS)
-        assert (edit - sample(nodes, patched, noise, steps=STEPS)).abs().max() > 0.1
+        edit = sample(nodes, patched, noise, *edits)
+        assert (edit - sample(nodes, patched, noise)).abs().max() > 0.1
 
 
 @torch.inference_mode()
@@ -58,17 +58,18 @@ def test_it_is_refused_by_name_for_a_source_that_runs_beside_the_edit(model, nod
     noise, inversion = invert(nodes, model, source, latents(FRAMES), STEPS)
     for name, patched in {"Feature Injection": inject, "TokenFlow": flow}.items():
         with refused(name, "reference ControlNet"):
-            sample(nodes, patched(nodes, model, inversion, conditioning=source), noise, steps=STEPS)
+            sample(nodes, patched(nodes, model, inversion, conditioning=source), noise)
 
 
 @torch.inference_mode()
-def test_it_is_refused_by_name_where_features_are_stored(model, nodes, referring, kind):
-    """The first pass through the UNet is the reference's, whose features would be kept."""
+def test_store_features_refuses_a_reference_controlnet_by_name(model, nodes, referring, kind):
+    """The first pass through the UNet is the reference's, whose features would be stored."""
     source, _ = referring(prompt(1), prompt(3), kind)
+    _, inversion = invert(nodes, model, latent=latents(FRAMES), steps=STEPS)
     for _ in range(2):
-        with refused("DDIM Inversion", "reference ControlNet"):
-            invert(nodes, model, source, latents(FRAMES), STEPS, storage="memory", feature_steps=3)
-        invert(nodes, model, source, latents(FRAMES), STEPS)
+        with refused("Store Features", "reference ControlNet"):
+            store(nodes, model, inversion, conditioning=source)
+        _, inversion = invert(nodes, model, source, latents(FRAMES), STEPS)
 
 
 @pytest.mark.parametrize("used", [False, True])
@@ -78,11 +79,11 @@ def test_it_is_refused_by_name_where_self_attention_is_replaced(model, nodes, re
     noise, inversion = invert(nodes, model, latent=latents(FRAMES), steps=STEPS)
     edits = referring(prompt(2), prompt(3), kind)
     if used:  # as in a second run of a workflow: its hint is then a tensor
-        sample(nodes, model, noise, *edits, steps=STEPS)
+        sample(nodes, model, noise, *edits)
     for name, patched in {
         "Correspondence Attention": guide(nodes, model, latents(FRAMES)),
         "Correspondence Attention ": joint(nodes, model),
         "TokenFlow": flow(nodes, model, inversion),
     }.items():
         with refused(name.strip(), "reference ControlNet"):
-            sample(nodes, patched, noise, *edits, steps=STEPS)
+            sample(nodes, patched, noise, *edits)

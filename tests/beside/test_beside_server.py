@@ -62,7 +62,8 @@ def edit(steps=4):
     prompt = api_form("1_edit_a_clip")
     for node in prompt.values():
         node["inputs"] |= SMALL.get(node["class_type"], {})
-        node["inputs"] |= {name: steps for name in ("steps", "sampling_steps") if name in node["inputs"]}
+        if "steps" in node["inputs"]:
+            node["inputs"]["steps"] = steps
     ids = {node["class_type"]: name for name, node in prompt.items()}
     prompt[ids["CoveLoadFrames"]]["inputs"] |= {"start": SKIPPED, "count": FRAMES, "width": WIDTH, "height": HEIGHT}
     for name, node in (("noise", "CoveDDIMInversion"), ("edited", "CoveDDIMSampler")):
