@@ -1,10 +1,10 @@
-"""What correspondence-guided attention adds to a step of spatial-temporal attention, in time and memory.
+"""Time and memory that correspondence-guided attention adds to a step of spatial-temporal attention.
 
-    python benchmarks/attention_cost.py [--frames 9] [--size 512x320] [--repeats 3]
+    python -m benchmarks.attention_cost [--frames 9] [--size 512x320] [--repeats 3]
 
 A UNet of SD1.5's shape with random weights runs one sampling step, cond and uncond together, in a real ComfyUI
-(COMFYUI_PATH, or as `scripts/host.py` finds it). First the fast attention is held against the plain loops; then steps
-with and without guided attention are timed and their peak memory taken, in turn, each in a process of its own.
+(COMFYUI_PATH, or as `scripts/host.py` finds it). First the fast attention is compared with the plain loops; then steps
+with and without guided attention alternate, each in its own process, for time and peak memory.
 """
 
 from __future__ import annotations
@@ -15,9 +15,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 ALONE = "spatial-temporal alone"
 VARIANTS = {ALONE: None, "guided, all matches": 0.0, "guided, half merged": 0.5}
@@ -42,7 +39,7 @@ class Step:
     def __init__(self, host: Path, frames: int, width: int, height: int):
         import torch
 
-        from benchmarks.model import load
+        from benchmarks.random_model import load
         from cove.correspondence import find_correspondence
 
         model, self.host = load(host)
@@ -60,7 +57,7 @@ class Step:
         }
 
     def run(self, variant: str) -> float:
-        """Seconds of one model call with cond and uncond, whole."""
+        """Return the seconds of one model call with cond and uncond."""
         import torch
 
         seconds = 0.0
@@ -82,8 +79,14 @@ class Step:
 
 
 def measure(arguments: argparse.Namespace, name: str) -> tuple[float, int]:
-    """Seconds and working memory of one step of a variant, in a process of its own."""
-    command = [sys.executable, __file__, f"--frames={arguments.frames}", f"--size={arguments.size}"]
+    """Return seconds and working memory in bytes of one step of a variant, in its own process."""
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.attention_cost",
+        f"--frames={arguments.frames}",
+        f"--size={arguments.size}",
+    ]
     answer = subprocess.run([*command, f"--variant={name}"], check=True, stdout=subprocess.PIPE, text=True).stdout
     seconds, memory = answer.splitlines()[-1].split()
     return float(seconds), int(memory)
@@ -99,7 +102,7 @@ def main() -> None:
     width, height = map(int, arguments.size.split("x"))
 
     from benchmarks.memory import working_memory
-    from benchmarks.records import FOLDER, Records, machine
+    from evidence.tables.records import FOLDER, Records, machine
     from scripts.host import provide_host
 
     if arguments.variant:
@@ -119,7 +122,7 @@ def main() -> None:
         f"{arguments.size}, cond and uncond together; median of {arguments.repeats}, first step of a fresh process"
     )
     for run in range(arguments.repeats):
-        for name in VARIANTS:  # in turn, so that a drifting machine hits all alike
+        for name in VARIANTS:  # alternating, so that a drifting machine affects all alike
             seconds, memory = measure(arguments, name)
             records.add(case_of(name, run), {"seconds": seconds, "MiB": memory / 2**20})
     rounds = {name: [records[case_of(name, run)] for run in range(arguments.repeats)] for name in VARIANTS}

@@ -1,10 +1,10 @@
-"""What keeping the source's features costs, in time, working memory and storage, for each kind of storage.
+"""Time, working memory and storage of Feature Injection, for each kind of storage of the source's features.
 
-    python benchmarks/injection_cost.py
+    python -m benchmarks.injection_cost
 
 A UNet of SD1.5's shape with random weights inverts random latents and samples them, in a real ComfyUI, with
-Correspondence Attention, prompt and negative prompt; each storage in a process of its own. Their latents are held
-against one another. The working memory with `disk` counts pages of the file that the system can drop at any time.
+Correspondence Attention, prompt and negative prompt, each storage in its own process. Their latents are compared. The
+working memory with `disk` counts pages of the file that the system can drop at any time.
 """
 
 from __future__ import annotations
@@ -16,23 +16,20 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 NONE = "no injection"
 VARIANTS = (NONE, "recompute", "memory", "disk")
 STEPS = 3  # of inversion and of sampling, injection in all
 
 
 def run(variant: str, frames: int, width: int, height: int, latents: Path) -> None:
-    """Print seconds a step of inversion and of sampling, working memory of sampling, and bytes stored a step."""
+    """Print seconds per step of inversion and of sampling, working memory of sampling, and bytes stored per step."""
     from scripts.host import provide_host
 
     host = provide_host()
     import torch
 
     from benchmarks.memory import working_memory
-    from benchmarks.model import load
+    from benchmarks.random_model import load
     from cove.correspondence import find_correspondence
 
     model, _host = load(host)
@@ -82,14 +79,20 @@ def main() -> None:
 
     import torch
 
-    from benchmarks.records import FOLDER, Records, machine
+    from evidence.tables.records import FOLDER, Records, machine
 
     records = Records(FOLDER / "injection_cost.jsonl")
     print(f"{machine()}, float32, {arguments.frames} frames of {arguments.size}, {STEPS} steps, 1 refinement")
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for variant in VARIANTS:
-            command = [sys.executable, __file__, f"--frames={arguments.frames}", f"--size={arguments.size}"]
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.injection_cost",
+                f"--frames={arguments.frames}",
+                f"--size={arguments.size}",
+            ]
             command += [f"--variant={variant}", f"--latents={Path(folder, variant)}"]
             answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             found[variant] = tuple(map(float, answer.splitlines()[-1].split()))

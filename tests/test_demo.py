@@ -10,14 +10,15 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from benchmarks.edits import BLOCKS
+from evidence.clip import Clip
+from evidence.shapes.classifier import QUESTIONS, answers, load_classifier
+from evidence.shapes.clips import demo_clip
+from evidence.shapes.scenes import caption, random_scene
+from evidence.tables.edits import BLOCKS
 from scripts.host import PACK
 from tests.helpers import call, latents, predict
 from tests.method_helpers import generator
 from tests.test_host import text_to_image
-from training.classifier import QUESTIONS, answers, load_classifier
-from training.clips import Clip, demo_clip
-from training.world import caption, random_scene
 
 FILES = sorted((PACK / "demo").glob("*.safetensors"))
 

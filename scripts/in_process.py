@@ -1,0 +1,50 @@
+"""A real ComfyUI in this process, with the pack loaded as ComfyUI loads it, for tables and benchmarks."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import sys
+import tempfile
+from pathlib import Path
+
+from scripts.host import PACK
+
+
+def start(host: Path, torch_attention: bool = False):
+    """Import ComfyUI and return the pack as a module; ComfyUI keeps no user files.
+
+    Afterwards `import nodes` means ComfyUI's file: import what is needed from the root of the repository before.
+
+    Args:
+        host: ComfyUI's folder.
+        torch_attention: like `--use-pytorch-cross-attention`; ComfyUI's default for CPUs is slower.
+    """
+    # The pack's `nodes` would hide ComfyUI's.
+    sys.path[:] = [str(host), *(path for path in sys.path if Path(path or ".").resolve() != PACK)]
+    import comfy.cli_args
+    import torch
+
+    comfy.cli_args.args.cpu = not torch.cuda.is_available()
+    comfy.cli_args.args.use_pytorch_cross_attention = torch_attention
+    import comfy.model_management
+    import folder_paths
+
+    folder_paths.set_user_directory(tempfile.mkdtemp())  # an interrupted inversion must not be resumed
+
+    spec = importlib.util.spec_from_file_location("pack", PACK / "__init__.py", submodule_search_locations=[str(PACK)])
+    sys.modules["pack"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def nodes_of(pack) -> dict[str, type]:
+    """Return the pack's nodes by id without the leading Cove."""
+    extension = asyncio.run(pack.comfy_entrypoint())
+    return {node.define_schema().node_id.removeprefix("Cove"): node for node in asyncio.run(extension.get_node_list())}
+
+
+def call(node: type, **inputs) -> tuple:
+    """Return a node's outputs; inputs that are not given have their defaults."""
+    defaults = {i.id: i.default for i in node.define_schema().inputs or [] if getattr(i, "default", None) is not None}
+    return node.execute(**defaults | inputs).args
