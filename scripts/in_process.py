@@ -11,22 +11,22 @@ from pathlib import Path
 from scripts.host import PACK
 
 
-def start(host: Path, torch_attention: bool = False):
+def start(host: Path, **options):
     """Import ComfyUI and return the pack as a module; ComfyUI keeps no user files.
 
     Afterwards `import nodes` means ComfyUI's file: import what is needed from the root of the repository before.
 
     Args:
         host: ComfyUI's folder.
-        torch_attention: like `--use-pytorch-cross-attention`; ComfyUI's default for CPUs is slower.
+        options: of ComfyUI's command line, by their names in `comfy.cli_args.args`.
     """
     # The pack's `nodes` would hide ComfyUI's.
     sys.path[:] = [str(host), *(path for path in sys.path if Path(path or ".").resolve() != PACK)]
     import comfy.cli_args
     import torch
 
-    comfy.cli_args.args.cpu = not torch.cuda.is_available()
-    comfy.cli_args.args.use_pytorch_cross_attention = torch_attention
+    for name, value in {"cpu": not torch.cuda.is_available(), **options}.items():
+        setattr(comfy.cli_args.args, name, value)
     import comfy.model_management
     import folder_paths
 

@@ -19,5 +19,5 @@ def load_demo(file: str = "shapes.safetensors", host: Path | None = None):
 
     Attention is torch's everywhere, so that timings compare methods and not implementations of attention.
     """
-    nodes = nodes_of(start(host or provide_host(), torch_attention=True))
+    nodes = nodes_of(start(host or provide_host(), use_pytorch_cross_attention=True))
     return *nodes["LoadDemoModel"].execute(file).args, nodes

@@ -248,7 +248,8 @@ def correspondence_cost() -> str:
 
 
 def attention_cost() -> str:
-    found = of_runs("attention_cost", "attention", {"frames": 9, "size": "512x320"})
+    sizes = {"frames": 9, "size": "512x320", "family": "sd15", "dtype": "float32", "steps": 1}
+    found = of_runs("attention_cost", "attention", sizes)
     alone, lines = next(iter(found.values())), []
     for name, runs in found.items():
         seconds = spread(((run, m["seconds"]) for run, m in runs.items()), 0)

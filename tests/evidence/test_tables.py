@@ -132,7 +132,8 @@ def test_attention_cost_compares_run_by_run(monkeypatch, tmp_path):
     for frames, factor in ((9, 1.1), (5, 7.0)):  # the second: another size
         for run, seconds in enumerate((100.0, 200.0)):
             for name, times in (("alone", 1.0), ("guided", factor)):
-                case = {"frames": frames, "size": "512x320", "attention": name, "run": run}
+                case = {"frames": frames, "size": "512x320", "family": "sd15", "dtype": "float32", "steps": 1}
+                case |= {"attention": name, "run": run}
                 records.add(case, {"seconds": times * seconds, "MiB": 1024 * times})
     assert records[case] == {"seconds": 1400.0, "MiB": 7168.0}
     *_, alone, guided = results.attention_cost().splitlines()
