@@ -48,3 +48,31 @@ def call(node: type, **inputs) -> tuple:
     """Return a node's outputs; inputs that are not given have their defaults."""
     defaults = {i.id: i.default for i in node.define_schema().inputs or [] if getattr(i, "default", None) is not None}
     return node.execute(**defaults | inputs).args
+
+
+def run_prompt(prompt: dict, pack, wanted: str) -> dict[str, tuple]:
+    """Run the nodes of a prompt (API form) that every node of the class `wanted` needs.
+
+    Returns:
+        Outputs by "id title" of the node.
+    """
+    from nodes import NODE_CLASS_MAPPINGS as stock  # ComfyUI's, after `start`
+
+    classes = dict(stock) | {f"Cove{name}": node for name, node in nodes_of(pack).items()}
+    done: dict[str, tuple] = {}
+
+    def outputs(key: str) -> tuple:
+        if key not in done:
+            node = classes[prompt[key]["class_type"]]
+            given = prompt[key]["inputs"].items()
+            inputs = {name: outputs(value[0])[value[1]] if isinstance(value, list) else value for name, value in given}
+            if hasattr(node, "define_schema"):
+                done[key] = call(node, **inputs)
+            else:
+                done[key] = getattr(node(), node.FUNCTION)(**inputs)
+        return done[key]
+
+    for key, node in prompt.items():
+        if node["class_type"] == wanted:
+            outputs(key)
+    return {f"{key} {prompt[key]['_meta']['title']}": found for key, found in done.items()}
