@@ -3,12 +3,13 @@
 nox -s edit -- [--clip FILE] [--checkpoint FILE] [--prompt TEXT] ...   edit a clip in a real ComfyUI
 nox -s measure -- SOURCE EDITED [--plot FILE]                          measure an edited clip against its source
 nox -s tests [-- pytest's arguments]                                   run the tests in a real ComfyUI
+nox -s evidence_tests [-- pytest's arguments]                          run the tests of evidence/ and benchmarks/
 nox -s packs -- FOLDER [FOLDER ...]                                    run it beside other packs, from their folders
-nox -s hosts -- FOLDER [FOLDER ...]                                    run the tests in each of these ComfyUIs
+nox -s hosts -- FOLDER [FOLDER ...]                                    run all tests in each of these ComfyUIs
 nox -s check                                                           formatting and lint
-nox -s train -- shapes                                                 train the demo model; goes on where it stopped
+nox -s train -- shapes [--output FILE]                                 train the demo model; continues a stopped run
 nox -s train -- patterns [--folder FOLDER] [--export FILE] ...         train the model of patterns; likewise
-nox -s evidence                                                        measure what docs/results.md says; goes on, too
+nox -s evidence [-- --clips FOLDER]                                    measure docs/results.md; continues a stopped run
 """
 
 from __future__ import annotations
@@ -29,11 +30,13 @@ sys.path.insert(0, str(ROOT))
 from scripts.host import is_host, own_python, version_of  # noqa: E402
 
 nox.needs_version = ">=2024.4.15"
-nox.options.sessions = ["check", "tests"]
+nox.options.sessions = ["check", "tests", "evidence_tests"]
 nox.options.reuse_existing_virtualenvs = True
 
 # The newest three that go together, and one thing ComfyUI imports and does not list.
 TORCH = ["torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0", "requests"]
+EVIDENCE_TESTS = "tests/evidence"
+WORLDS = ["shapes", "patterns"]
 TEST = nox.project.load_toml(ROOT / "pyproject.toml")["project"]["optional-dependencies"]["test"]
 
 
@@ -47,16 +50,25 @@ def check(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
-    """The tests, in a real ComfyUI that is found or fetched."""
+    """The tests of the pack, in a real ComfyUI that is found or fetched."""
     comfy = Environment(session)
     host = comfy.provide_host()
     comfy.install(host)
-    comfy.test(host, *session.posargs)
+    comfy.test(host, f"--ignore={EVIDENCE_TESTS}", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def evidence_tests(session: nox.Session) -> None:
+    """The tests of worlds, training, tables and the offline kit; no node depends on them."""
+    comfy = Environment(session)
+    host = comfy.provide_host()
+    comfy.install(host)
+    comfy.test(host, *(session.posargs or [EVIDENCE_TESTS]))
 
 
 @nox.session(venv_backend="none")
 def hosts(session: nox.Session) -> None:
-    """The tests in each ComfyUI whose folder is given, with the packages that it asks for; fails if one fails."""
+    """All tests in each ComfyUI whose folder is given, with the packages that it requires; fails if one fails."""
     folders = [Path(session.invoked_from, folder).resolve() for folder in session.posargs]
     wrong = [str(folder) for folder in folders if not is_host(folder)]
     if wrong or not folders:
@@ -136,22 +148,25 @@ def measure(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def train(session: nox.Session) -> None:
-    """Train the demo model, or go on with it."""
+    """Train the model of a world, or continue its training."""
+    world, *arguments = session.posargs or [None]
+    if world not in WORLDS:
+        session.error(f"expected a world, {' or '.join(WORLDS)}: nox -s train -- {WORLDS[0]}")
     comfy = Environment(session)
     comfy.install(comfy.provide_host())
-    if session.posargs[:1] == ["patterns"]:
-        comfy.run("-m", "evidence.train", *session.posargs[1:])
-    else:
-        comfy.run("-m", "training.train", *session.posargs)
+    session.chdir(session.invoked_from)
+    comfy.run("-m", f"evidence.{world}.train", *arguments, env={"PYTHONPATH": str(ROOT)})
 
 
 @nox.session(venv_backend="none")
 def evidence(session: nox.Session) -> None:
-    """Measure what docs/results.md says, or go on with it."""
+    """Measure what docs/results.md reports, or continue measuring."""
     comfy = Environment(session)
     host = comfy.provide_host()
     comfy.install(host)
-    comfy.run("benchmarks/evidence.py", env={"COMFYUI_PATH": str(host)})
+    session.chdir(session.invoked_from)
+    environment = {"COMFYUI_PATH": str(host), "PYTHONPATH": str(ROOT)}
+    comfy.run("-m", "evidence.tables.measure", *session.posargs, env=environment)
 
 
 class Environment:

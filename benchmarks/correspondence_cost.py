@@ -1,10 +1,10 @@
-"""What finding the correspondence costs for different windows: the paper's Table 4.
+"""Time and memory of finding the correspondence for different windows: the paper's Table 4.
 
-    python benchmarks/correspondence_cost.py [--frames 20] [--grid 64x64] [--channels 320]
+    python -m benchmarks.correspondence_cost [--frames 20] [--grid 64x64] [--channels 320]
 
-First the fast search is held against the plain loops; then each window is run in a process of its own and its time and
-peak memory beyond features and result are taken. The counted operations are the multiplications and additions of one
-direction, 2 * (frames - 1) * height * width * window^2 * channels, as the paper counts them.
+First the fast search is compared with the plain loops; then each window runs in its own process, for time and peak
+memory beyond features and result. Operations are the multiplications and additions of one direction,
+2 * (frames - 1) * height * width * window^2 * channels, as the paper counts them.
 """
 
 from __future__ import annotations
@@ -14,16 +14,12 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import torch
 
-import torch  # noqa: E402
-
-from benchmarks.memory import working_memory  # noqa: E402
-from benchmarks.records import FOLDER, Records, machine  # noqa: E402
-from cove import correspondence, reference  # noqa: E402
+from benchmarks.memory import working_memory
+from cove import correspondence, reference
+from evidence.tables.records import FOLDER, Records, machine
 
 
 def prove_equality() -> None:
@@ -35,10 +31,10 @@ def prove_equality() -> None:
 
 
 def run(frames: int, height: int, width: int, channels: int, window: int) -> tuple[float, float]:
-    """Seconds, and MiB beyond features and result."""
+    """Return seconds, and MiB beyond features and result."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     features = torch.randn(frames, height, width, channels, generator=torch.Generator().manual_seed(0)).to(device)
-    correspondence.find_correspondence(features[:2, :9, :9], 3, 3)  # what a first call loads is not counted
+    correspondence.find_correspondence(features[:2, :9, :9], 3, 3)  # libraries loaded by a first call are not counted
     found, seconds = None, 0.0
 
     def find() -> None:
@@ -78,7 +74,7 @@ def main() -> None:
         case = {"frames": arguments.frames, "grid": arguments.grid, "channels": arguments.channels, "window": window}
         runs = [case | {"run": run} for run in range(arguments.repeats)]
         for one in runs:
-            command = [sys.executable, __file__, *sys.argv[1:], f"--window={window}"]
+            command = [sys.executable, "-m", "benchmarks.correspondence_cost", *sys.argv[1:], f"--window={window}"]
             answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             seconds, mebibytes = map(float, answer.split())
             records.add(one, {"operations": operations, "seconds": seconds, "MiB": mebibytes})

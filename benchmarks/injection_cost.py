@@ -1,10 +1,10 @@
-"""What keeping the source's features costs, in time, working memory and storage, for each kind of storage.
+"""Time, working memory and storage of Feature Injection, for each kind of storage of the source's features.
 
-    python benchmarks/injection_cost.py
+    python -m benchmarks.injection_cost
 
 A UNet of SD1.5's shape with random weights inverts random latents and samples them, in a real ComfyUI, with
-Correspondence Attention, prompt and negative prompt; each storage in a process of its own. Their latents are held
-against one another. The working memory with `disk` counts pages of the file that the system can drop at any time.
+Correspondence Attention, prompt and negative prompt, each storage in its own process. Their latents are compared. The
+working memory with `disk` counts pages of the file that the system can drop at any time.
 """
 
 from __future__ import annotations
@@ -16,23 +16,20 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 NONE = "no injection"
 VARIANTS = (NONE, "recompute", "memory", "disk")
 STEPS = 3  # of inversion and of sampling, injection in all
 
 
 def run(variant: str, frames: int, width: int, height: int, latents: Path) -> None:
-    """Print seconds a step of inversion and of sampling, working memory of sampling, and bytes stored a step."""
+    """Print seconds per step of inversion and of sampling, working memory of sampling, and bytes stored per step."""
     from scripts.host import provide_host
 
     host = provide_host()
     import torch
 
     from benchmarks.memory import working_memory
-    from benchmarks.model import load
+    from benchmarks.random_model import load
     from cove.correspondence import find_correspondence
 
     model, _host = load(host)
@@ -43,21 +40,18 @@ def run(variant: str, frames: int, width: int, height: int, latents: Path) -> No
     latent = {"samples": torch.randn(frames, 4, *size, generator=generator)}
     source, edit = ([[torch.randn(1, 77, 768, generator=generator), {}]] for _ in range(2))
     model = _host.guide_self_attention(model, matches, 0.5, True, 0.0, 1.0, node="benchmark")
-    storage = "recompute" if variant == NONE else variant
     with torch.inference_mode():
         start = time.perf_counter()
-        noise, inversion = (
-            nodes["DDIMInversion"]
-            .execute(*(model, source, latent, STEPS, STEPS, 1, storage, STEPS, "auto", "auto"))
-            .args
-        )
+        noise, inversion = nodes["DDIMInversion"].execute(model, source, latent, STEPS, 1, 1).args
+        if variant not in (NONE, "recompute"):
+            (inversion,) = nodes["StoreFeatures"].execute(model, inversion, 1.0, variant).args
         inverting = (time.perf_counter() - start) / STEPS
         if variant != NONE:
-            model = nodes["FeatureInjection"].execute(model, inversion, STEPS, STEPS, "auto", "auto").args[0]
+            model = nodes["FeatureInjection"].execute(model, inversion, 1.0, 1.0, "auto", "auto").args[0]
         found = []
 
         def sample() -> None:
-            found.append(nodes["DDIMSampler"].execute(model, edit, source, noise, STEPS, 7.5).args[0]["samples"])
+            found.append(nodes["DDIMSampler"].execute(model, edit, source, noise, 7.5).args[0]["samples"])
 
         start = time.perf_counter()
         memory = working_memory(sample)
@@ -82,14 +76,20 @@ def main() -> None:
 
     import torch
 
-    from benchmarks.records import FOLDER, Records, machine
+    from evidence.tables.records import FOLDER, Records, machine
 
     records = Records(FOLDER / "injection_cost.jsonl")
     print(f"{machine()}, float32, {arguments.frames} frames of {arguments.size}, {STEPS} steps, 1 refinement")
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for variant in VARIANTS:
-            command = [sys.executable, __file__, f"--frames={arguments.frames}", f"--size={arguments.size}"]
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.injection_cost",
+                f"--frames={arguments.frames}",
+                f"--size={arguments.size}",
+            ]
             command += [f"--variant={variant}", f"--latents={Path(folder, variant)}"]
             answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             found[variant] = tuple(map(float, answer.splitlines()[-1].split()))
@@ -99,13 +99,13 @@ def main() -> None:
     changed = (latents[NONE] - latents["recompute"]).norm() / latents[NONE].norm()
     assert changed > 0
     print(f"injection changes the latents by {100 * changed:.2g} %")
-    print(f"{'':14}{'inversion step':>16}{'sampling step':>16}{'':9}{'working memory':>16}{'stored a step':>16}")
+    print(f"{'':14}{'inversion, storing':>18}{'sampling step':>16}{'':9}{'working memory':>16}{'stored a step':>16}")
     for variant, (inverting, sampling, memory, stored) in found.items():
         case = {"frames": arguments.frames, "size": arguments.size, "storage": variant}
         measured = {"inversion": inverting, "sampling": sampling, "MiB": memory / 2**20, "stored": stored / 2**20}
         records.add(case, measured)
         print(
-            f"{variant:14}{inverting:14.1f} s{sampling:14.1f} s{100 * (sampling / found[NONE][1] - 1):+7.0f} %"
+            f"{variant:14}{inverting:16.1f} s{sampling:14.1f} s{100 * (sampling / found[NONE][1] - 1):+7.0f} %"
             f"{memory / 2**20:13.0f} MiB{stored / 2**20:12.1f} MiB"
         )
 

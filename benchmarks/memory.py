@@ -1,4 +1,4 @@
-"""How much memory something takes while it runs."""
+"""Peak memory of a call."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 
 def working_memory(run: Callable[[], object]) -> int:
-    """Bytes held at the worst moment of `run` beyond what was held before it: of the GPU, else of this process.
+    """Return the peak memory of `run` in bytes, beyond what was in use before: of the GPU, else of this process.
 
-    Call it once in a process: what one call leaves to the allocator, the next does not ask the system for.
+    Call it once per process: a second call reuses what the allocator kept from the first.
     """
     import psutil
     import torch

@@ -1,6 +1,6 @@
 """Time and peak memory of reading a clip, compared with FFmpeg's program on the same clip.
 
-    python benchmarks/reading_cost.py [--frames 300] [--size 1920x1080] [--width 512] [--repeats 5]
+    python -m benchmarks.reading_cost [--frames 300] [--size 1920x1080] [--width 512] [--repeats 5]
 
 Needs `ffmpeg` on the path. It draws the clip, then decodes and resizes it to RGB and discards the result. Both results
 are compared first. Runs alternate, each in its own process. Memory: growth of the process, and size of the frames.
@@ -16,14 +16,11 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import numpy as np
 
-import numpy as np  # noqa: E402
-
-from benchmarks.memory import working_memory  # noqa: E402
-from benchmarks.records import FOLDER, Records, machine  # noqa: E402
-from cove.frames import read_frames  # noqa: E402
+from benchmarks.memory import working_memory
+from cove.frames import read_frames
+from evidence.tables.records import FOLDER, Records, machine
 
 
 def draw(path: Path, frames: int, size: str) -> None:
@@ -80,7 +77,7 @@ def main() -> None:
             start = time.perf_counter()
             ffmpeg(path, width, height, "-y", "/dev/null")
             theirs = time.perf_counter() - start
-            command = [sys.executable, __file__, f"--width={arguments.width}", f"--clip={path}"]
+            command = [sys.executable, "-m", "benchmarks.reading_cost", f"--width={arguments.width}", f"--clip={path}"]
             answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             ours, grown, kept = map(float, answer.split())
             records.add(one, {"ffmpeg": theirs, "seconds": ours, "MiB": grown, "frames MiB": kept})

@@ -11,6 +11,7 @@ from ..cove.refine import refine as refined
 from . import _host
 
 ENDING = ".correspondence.safetensors"
+PRESET = "preset"
 
 
 class FindCorrespondence(io.ComfyNode):
@@ -32,22 +33,24 @@ class FindCorrespondence(io.ComfyNode):
                     min=1,
                     max=255,
                     step=2,
-                    tooltip="More follows faster motion, with more wrong matches and more time. Side of the search "
-                    "square in tokens (8 pixels each for SD1.5 and SD2, 16 for SDXL); odd. The paper uses 9.",
+                    tooltip="Side of the search window in tokens (8 pixels each for SD1.5 and SD2, 16 for SDXL); odd. "
+                    "A larger one follows faster motion, with more wrong matches and more time. The paper uses 9.",
                 ),
                 io.Int.Input(
                     "k",
                     default=3,
                     min=1,
                     max=64,
-                    tooltip="More lets each token attend to more matches in each other frame: smoother, slower. "
-                    "The paper uses 3.",
+                    tooltip="Matches per token in each other frame. More make the edit smoother and take longer. The "
+                    "paper uses 3.",
                 ),
-                io.Boolean.Input(
+                io.Combo.Input(
                     "refine",
-                    default=False,
-                    tooltip="Compares with the token itself again in every frame: matches of frames far apart stay "
-                    "right. The paper only follows from frame to frame.",
+                    options=[PRESET, "on", "off"],
+                    default=PRESET,
+                    tooltip="Compares each token again with the candidates in every frame, so that matches of distant "
+                    "frames do not drift. preset: as chosen in Diffusion Features. off: follow from frame to frame "
+                    "only, as in the paper.",
                 ),
             ],
             outputs=[_host.CorrespondenceType.Output(display_name="correspondence")],
@@ -55,8 +58,9 @@ class FindCorrespondence(io.ComfyNode):
 
     @classmethod
     def execute(cls, features, window, k, refine) -> io.NodeOutput:
-        pairs = len(features) - 1
-        bar = comfy.utils.ProgressBar(max(1, pairs + (len(features) if refine else 0)))
+        tokens, refine = features.tokens, features.preset.refine if refine == PRESET else refine == "on"
+        pairs = len(tokens) - 1
+        bar = comfy.utils.ProgressBar(max(1, pairs + (len(tokens) if refine else 0)))
 
         def progress(done: int, _total: int) -> None:
             bar.update_absolute(done)
@@ -64,12 +68,12 @@ class FindCorrespondence(io.ComfyNode):
 
         device = comfy.model_management.get_torch_device()
         try:
-            features = features.to(device)
-            found = find_correspondence(features, window, k, progress)
+            tokens = tokens.to(device)
+            found = find_correspondence(tokens, window, k, progress)
         except ValueError as error:
             raise ValueError(f"Correspondence: {error}") from error
         if refine:
-            found = refined(found, features, lambda done, total: progress(pairs + done, total))
+            found = refined(found, tokens, lambda done, total: progress(pairs + done, total))
         return io.NodeOutput(found.to(comfy.model_management.intermediate_device()))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import comfy.model_management
 import comfy.utils
 import torch
@@ -10,6 +12,32 @@ from torch import Tensor
 
 from ..cove import features
 from . import _host
+
+PAPER, SHARP = "paper", "sharp"
+
+
+class Preset(NamedTuple):
+    """Settings of features and matching that belong together. refine: of Correspondence."""
+
+    timestep: int
+    level: int
+    ensemble: int
+    refine: bool
+
+
+# docs/results.md: level 1 with one draw finds 46 % of points after five frames, refined with eight draws 74 %.
+PRESETS = {SHARP: Preset(261, 1, 8, True), PAPER: Preset(261, 1, 1, False)}
+
+
+class Features(NamedTuple):
+    """What the FEATURES wire carries.
+
+    tokens: unit vectors, float32 [frames, height, width, channels].
+    preset: whose matching goes with them.
+    """
+
+    tokens: Tensor
+    preset: Preset
 
 
 class DiffusionFeatures(io.ComfyNode):
@@ -21,73 +49,89 @@ class DiffusionFeatures(io.ComfyNode):
             node_id="CoveDiffusionFeatures",
             display_name="Diffusion Features",
             category="COVE",
-            description="Takes the diffusion feature of every frame: noise is added, the UNet runs once, and what its "
-            "decoder holds is kept. Alike features mean the same thing in the picture.",
+            description="Computes the diffusion features of every frame: noise is added, the UNet runs, and the "
+            "hidden state of its decoder is kept. Similar features mean the same part of the picture.",
             inputs=[
                 io.Model.Input("model", tooltip="SD1.5, SD2.x or SDXL, without Correspondence Attention."),
-                io.Latent.Input("latent", tooltip="The clip's frames from VAE Encode, one latent a frame."),
+                io.Latent.Input("latent", tooltip="The clip's frames from VAE Encode, one latent per frame."),
+                io.Combo.Input(
+                    "preset",
+                    options=list(PRESETS),
+                    default=SHARP,
+                    tooltip="sharp: level 1, timestep 261, 8 draws, refined matches; follows the clip best. paper: "
+                    "level 1, timestep 261, 1 draw, matches followed from frame to frame. The settings below replace "
+                    "single values of it.",
+                ),
                 io.Int.Input(
                     "timestep",
-                    default=261,
-                    min=1,
+                    default=0,
+                    min=0,
                     max=999,
-                    tooltip="More adds more noise: the features follow meaning rather than detail. The paper uses 261.",
+                    tooltip="Noise level. A larger one makes features follow meaning rather than detail. 0 = as in the "
+                    "preset; the paper uses 261.",
                 ),
                 io.Int.Input(
                     "level",
-                    default=0,
-                    min=0,
+                    default=-1,
+                    min=-1,
                     max=3,
-                    tooltip="More takes the features earlier in the decoder: coarser, with more meaning. 0 = last "
-                    "level (COVE), 2 = two levels up (DIFT's choice for SD).",
+                    tooltip="Decoder level, counted from the end: 0 is the last. A larger one is coarser, with more "
+                    "meaning. -1 = as in the preset; the paper uses 1, DIFT 2.",
                 ),
                 io.Int.Input(
                     "ensemble",
-                    default=1,
-                    min=1,
+                    default=0,
+                    min=0,
                     max=64,
-                    tooltip="More averages more draws of noise: steadier matches, and that many times the time. "
-                    "The paper uses 1.",
+                    tooltip="Draws of noise that are averaged. More give steadier matches and take proportionally "
+                    "longer. 0 = as in the preset; the paper uses 1.",
                 ),
                 io.Int.Input(
                     "attention_level",
                     default=0,
                     min=0,
                     max=3,
-                    tooltip="More guides the attention on a coarser grid; the features are averaged down to it. "
-                    "0 = the finest grid on which this model has self-attention.",
+                    tooltip="Grid of the guided attention. A larger value is a coarser grid, to which features are "
+                    "averaged. 0 = the finest on which this model has self-attention, as in the paper.",
                 ),
                 io.Int.Input(
                     "batch_size",
                     default=8,
                     min=1,
                     max=4096,
-                    tooltip="More runs more frames at once: faster, and takes more memory. The result stays the same.",
+                    tooltip="Frames per model evaluation. More are faster and take more memory. The result is the "
+                    "same.",
                 ),
                 io.Int.Input(
                     "seed",
                     default=0,
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
-                    tooltip="Another number draws other noise. Each frame gets its own.",
+                    tooltip="A different seed gives different noise. Each frame has its own.",
                 ),
                 io.Conditioning.Input(
                     "conditioning",
                     optional=True,
-                    tooltip="The source prompt: what the clip shows. Without one, zeros take its place.",
+                    tooltip="The source prompt: what the clip shows. Without one, zeros are used.",
                 ),
             ],
             outputs=[
                 _host.FeaturesType.Output(display_name="features"),
-                io.Image.Output(display_name="picture", tooltip="The main components as colours: alike is alike."),
+                io.Image.Output(
+                    display_name="picture",
+                    tooltip="Principal components as RGB; similar colours mean similar features.",
+                ),
             ],
         )
 
     @classmethod
     def execute(
-        cls, model, latent, timestep, level, ensemble, attention_level, batch_size, seed, conditioning=None
+        cls, model, latent, preset, timestep, level, ensemble, attention_level, batch_size, seed, conditioning=None
     ) -> io.NodeOutput:
         node = "Diffusion Features"
+        preset = PRESETS[preset]
+        timestep, ensemble = timestep or preset.timestep, ensemble or preset.ensemble
+        level = preset.level if level < 0 else level
         unet = _host.unet_of(model, node)
         _host.check_without(model, _host.ATTENTION_KEY, "Correspondence Attention", node)
         _host.check_without(model, _host.INJECTION_KEY, "Feature Injection", node)
@@ -129,7 +173,7 @@ class DiffusionFeatures(io.ComfyNode):
         _host.check_finite(result, "features", node)
         picture = features.feature_picture(result).movedim(-1, 1)
         picture = torch.nn.functional.interpolate(picture, (size[0] * 8, size[1] * 8), mode="nearest")
-        return io.NodeOutput(result, picture.movedim(1, -1))
+        return io.NodeOutput(Features(result, preset), picture.movedim(1, -1))
 
 
 NODES = [DiffusionFeatures]

@@ -23,7 +23,6 @@ if __name__ == "__main__":
 
 from scripts.host import PACK, PromptFailed, Server, lay_out, provide_host
 
-STEPS = {"steps", "sampling_steps", "feature_steps", "resnet_steps", "attention_steps"}  # they go together
 WORKFLOWS = PACK / "workflows" / "api"
 DEMO, EDIT = WORKFLOWS / "0_demo.json", WORKFLOWS / "1_edit_a_clip.json"
 BASE = PACK / ".edit"
@@ -154,10 +153,9 @@ def fill_in(prompt: dict, clip: Path | None, arguments: argparse.Namespace) -> d
         elif title == "Source prompt" and source is not None:
             inputs["text"] = source
     if arguments.steps:
-        full = min(node["inputs"]["steps"] for node in prompt.values() if "steps" in node["inputs"])
         for node in prompt.values():
-            for name in STEPS & node["inputs"].keys():
-                node["inputs"][name] = round(node["inputs"][name] / full * arguments.steps)
+            if node["class_type"] == "CoveDDIMInversion":
+                node["inputs"]["steps"] = arguments.steps
     return prompt
 
 

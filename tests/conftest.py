@@ -6,6 +6,7 @@ import asyncio
 import gc
 import importlib
 import importlib.util
+import os
 import shutil
 import sys
 from contextlib import ExitStack
@@ -67,6 +68,8 @@ def server(host, base, models, controlnets):
 def comfy(host, base):
     """ComfyUI imported into this process, on the CPU and on the base folder; its modules can be imported after this.
 
+    COVE_TEST_DEVICE set to anything but "cpu" leaves the choice of the device to ComfyUI.
+
     The host goes first on the path, so that `import nodes` is ComfyUI's file and not the pack's folder. Its command
     line stays unread: pytest's is none of its business.
     """
@@ -74,7 +77,7 @@ def comfy(host, base):
     import comfy.cli_args
 
     assert not comfy.options.args_parsing
-    comfy.cli_args.args.cpu = True
+    comfy.cli_args.args.cpu = os.environ.get("COVE_TEST_DEVICE", "cpu") == "cpu"
     comfy.cli_args.args.base_directory = str(base)
     import comfy.model_management
     import comfy.utils

@@ -287,7 +287,7 @@ def keys_in(tree: ast.Module) -> set[str]:
 def our_names() -> set[str]:
     """Names of functions, classes and fields of the pack, and the keys of its dictionaries and files."""
     found = set()
-    for path in [path for folder in ("nodes", "cove", "demo", "training") for path in PACK.glob(f"{folder}/**/*.py")]:
+    for path in [path for folder in ("nodes", "cove", "demo", "evidence") for path in PACK.glob(f"{folder}/**/*.py")]:
         found.add(path.stem)
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef | ast.ClassDef):

@@ -1,10 +1,21 @@
 """Diffusion Features in a real UNet: what is taken, where, and that nothing else changes it."""
 
+import sys
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 from tests.helpers import FRAMES, HEIGHT, WIDTH, call, latents, prompt, run_stock, state_of, windowed
+
+PLAIN = {"preset": "paper", "level": 0}
+
+
+@pytest.fixture
+def found_from(nodes):
+    """Tokens, and whether the preset refines -> a wire of Correspondence."""
+    module = sys.modules[nodes["DiffusionFeatures"].__module__]
+    return lambda tokens, refine=False: module.Features(tokens, module.PRESETS["sharp" if refine else "paper"])
 
 
 @pytest.fixture
@@ -12,7 +23,7 @@ def take(nodes):
     """MODEL and settings -> features."""
 
     def taken(model, latent=None, **settings):
-        return call(nodes["DiffusionFeatures"], model=model, latent=latent or latents(), **settings)[0]
+        return call(nodes["DiffusionFeatures"], model=model, latent=latent or latents(), **PLAIN | settings)[0].tokens
 
     return taken
 
@@ -49,8 +60,8 @@ def test_levels_choose_block_and_grid(sd15, take, nodes, level, attention_level,
     latent = latents(2, 7, 13)
     settings = {"level": level, "attention_level": attention_level}
     features, picture = call(nodes["DiffusionFeatures"], model=sd15, latent=latent, **settings)
-    assert features.shape == (2, *shape)
-    assert_close(features.norm(dim=-1), torch.ones(2, *shape[:2]))
+    assert features.tokens.shape == (2, *shape)
+    assert_close(features.tokens.norm(dim=-1), torch.ones(2, *shape[:2]))
     assert picture.shape == (2, 56, 104, 3) and 0 <= picture.min() and picture.max() <= 1
 
 
@@ -78,8 +89,9 @@ def test_guiders_windows_and_parts_of_the_conditioning_change_nothing(comfy, sd1
     assert torch.equal(take(sd15, conditioning=area), expected)
 
 
-def test_one_frame_is_enough(sd15, take, nodes):
-    (correspondence,) = call(nodes["Correspondence"], features=take(sd15, latents(1)), window=3)
+def test_one_frame_is_enough(sd15, take, nodes, found_from):
+    wire = found_from(take(sd15, latents(1)))
+    (correspondence,) = call(nodes["Correspondence"], features=wire, window=3)
     assert correspondence.frames == 1
 
 
@@ -125,7 +137,7 @@ def test_error_inside_the_unet_removes_the_hook(sd15, take):
     assert state_of(model) == state
 
 
-def test_refine_compares_with_the_token_itself(comfy, nodes, cove, monkeypatch):
+def test_refine_compares_with_the_token_itself(comfy, nodes, cove, found_from, monkeypatch):
     import comfy.utils
 
     told = []
@@ -136,15 +148,31 @@ def test_refine_compares_with_the_token_itself(comfy, nodes, cove, monkeypatch):
     features = torch.randn(1, HEIGHT, WIDTH, 11, generator=generator) + torch.randn(
         5, HEIGHT, WIDTH, 11, generator=generator
     )
-    (plain,) = call(nodes["Correspondence"], features=features, window=3, refine=False)
+    (plain,) = call(nodes["Correspondence"], features=found_from(features, True), window=3, refine="off")
     assert plain.pairs is None and told == [(i, 4) for i in range(1, 5)]
     told.clear()
-    (found,) = call(nodes["Correspondence"], features=features, window=3, refine=True)
+    (found,) = call(nodes["Correspondence"], features=found_from(features), window=3, refine="on")
     assert found.pairs.tolist() == cove.reference.refine(plain, features)
     assert told == [(i, 9) for i in range(1, 10)]
+    (sharp,), (paper,) = (
+        call(nodes["Correspondence"], features=found_from(features, refine), window=3) for refine in (True, False)
+    )
+    assert torch.equal(sharp.pairs, found.pairs) and paper.pairs is None
 
 
-def test_correspondence_tells_its_progress_and_stops_when_asked(comfy, nodes, monkeypatch):
+def test_presets_set_what_is_not_set(sd15, nodes):
+    """Sharp: level 1 and eight draws; paper: one draw. A number replaces one value of it."""
+
+    def tokens(**settings):
+        return call(nodes["DiffusionFeatures"], model=sd15, latent=latents(1), **settings)[0].tokens
+
+    assert torch.equal(tokens(), tokens(preset="sharp", timestep=261, level=1, ensemble=8))
+    assert torch.equal(tokens(preset="paper"), tokens(timestep=261, level=1, ensemble=1))
+    assert torch.equal(tokens(preset="paper", ensemble=8), tokens())
+    assert tokens(preset="paper", level=0).shape[-1] == 320 and tokens(preset="paper").shape[-1] == 640
+
+
+def test_correspondence_tells_its_progress_and_stops_when_asked(comfy, nodes, found_from, monkeypatch):
     import comfy.model_management as management
     import comfy.utils
 
@@ -158,5 +186,5 @@ def test_correspondence_tells_its_progress_and_stops_when_asked(comfy, nodes, mo
     monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", hear)
     features = torch.randn(5, HEIGHT, WIDTH, 11, generator=torch.Generator().manual_seed(0))
     with pytest.raises(management.InterruptProcessingException):
-        call(nodes["Correspondence"], features=features, window=3)
+        call(nodes["Correspondence"], features=found_from(features), window=3)
     assert told == [(1, 4), (2, 4), (3, 4)]

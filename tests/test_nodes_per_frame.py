@@ -246,8 +246,8 @@ def test_features_do_not_depend_on_the_batch_size(small, nodes, batch_size, kind
     model = image_prompts(small) if kind == "images" else small
     source = rows(1) if kind == "rows" else prompt(1)
     settings = {"latent": latents(LONG), "conditioning": source}
-    expected = call(nodes["DiffusionFeatures"], model=model, batch_size=100, **settings)[0]
-    got = call(nodes["DiffusionFeatures"], model=model, batch_size=batch_size, **settings)[0]
+    expected = call(nodes["DiffusionFeatures"], model=model, batch_size=100, **settings)[0].tokens
+    got = call(nodes["DiffusionFeatures"], model=model, batch_size=batch_size, **settings)[0].tokens
     assert_near(got, expected)
     for i in (0, LONG - 1):
         assert not torch.allclose(expected[i], expected[i - 1])
@@ -256,8 +256,8 @@ def test_features_do_not_depend_on_the_batch_size(small, nodes, batch_size, kind
 @pytest.mark.parametrize("cut", CUTS)
 def test_features_are_taken_without_windows(small, nodes, cut):
     settings = {"latent": latents(LONG), "conditioning": rows(1), "batch_size": 3}
-    expected = call(nodes["DiffusionFeatures"], model=small, **settings)[0]
-    assert torch.equal(call(nodes["DiffusionFeatures"], model=CUTS[cut](small), **settings)[0], expected)
+    expected = call(nodes["DiffusionFeatures"], model=small, **settings)[0].tokens
+    assert torch.equal(call(nodes["DiffusionFeatures"], model=CUTS[cut](small), **settings)[0].tokens, expected)
 
 
 def instruct(seed=0):
@@ -281,8 +281,8 @@ def test_pictures_of_instruct_models_stay_with_their_frames(comfy, nodes):
         model = instruct()
         source = prompt(1, concat_latent_image=latents(LONG, seed=8)["samples"])
         settings = {"model": model, "latent": latents(LONG), "conditioning": source}
-        expected = call(nodes["DiffusionFeatures"], batch_size=LONG, **settings)[0]
-        assert_near(call(nodes["DiffusionFeatures"], batch_size=3, **settings)[0], expected)
+        expected = call(nodes["DiffusionFeatures"], batch_size=LONG, **settings)[0].tokens
+        assert_near(call(nodes["DiffusionFeatures"], batch_size=3, **settings)[0].tokens, expected)
         edit = predict(alone(nodes, model), latents(LONG), source)
         windowed = predict(anchored(alone(nodes, model)), latents(LONG), source)
         assert_near(windowed, edit)

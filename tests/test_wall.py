@@ -48,5 +48,5 @@ def test_the_published_pack_has_all_that_the_nodes_use():
     listed = ["git", "ls-files", "--cached", "--ignored", "--exclude-from=.comfyignore"]
     left_out = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
     tops = {path.partition("/")[0] for path in left_out}
-    assert {"tests", "docs", "scripts", "training", "evidence"} <= tops
+    assert {"tests", "docs", "scripts", "benchmarks", "evidence"} <= tops
     assert not tops & {"__init__.py", "cove", "nodes", "demo", "web", "workflows", "README.md", "pyproject.toml"}

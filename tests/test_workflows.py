@@ -13,6 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from cove.frames import read_frames
+from evidence.shapes.classifier import QUESTIONS, answers, load_classifier
+from evidence.shapes.clips import demo_clip
 from scripts.host import PACK
 from tests.workflow_helpers import (
     FILES,
@@ -27,8 +29,6 @@ from tests.workflow_helpers import (
     editor_form,
     place_clip,
 )
-from training.classifier import QUESTIONS, answers, load_classifier
-from training.clips import demo_clip
 
 DEMO = "0_demo"
 EDITS = ["1_edit_a_clip", "2_edit_with_controlnet"]

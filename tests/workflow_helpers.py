@@ -14,7 +14,6 @@ from tests.clip_files import tone, write
 FRAMES, WIDTH, HEIGHT, FPS, STEPS = 5, 128, 80, 12, 6
 FILES = ("ckpt_name", "control_net_name", "file")  # inputs that name the user's own
 NAMES = sorted(path.stem for path in (PACK / "workflows").glob("*.json"))
-CLIP = PACK.parent / "shared" / "clips" / "train.mp4"
 
 # Node class -> what differs from the workflow as it is saved.
 SMALL = {
@@ -47,8 +46,8 @@ def choices_of(slot: list) -> list | None:
 
 
 def place_clip(base: Path) -> None:
-    """Put a clip of 12 frames a second, with sound, where the workflows look for it: a real one, else one rendered."""
+    """Render a clip of 12 frames per second, with sound, where the workflows look for it."""
     path = base / "input" / "clip.mp4"
-    images = read_frames(CLIP if CLIP.is_file() else render_clip(path, fps=FPS)).images
+    images = read_frames(render_clip(path, fps=FPS)).images
     stereo = tone(len(images) / FPS, 48000).repeat(2, 0)  # ComfyUI saves one channel as two, 3 dB lower
     write(path, images, rate=FPS, sound=(stereo, 48000), options={"crf": "12"})

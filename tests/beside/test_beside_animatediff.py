@@ -69,7 +69,7 @@ def test_inversion_and_edit_of_frames_alone(small, nodes, windows, order):
 @pytest.mark.parametrize("batch_size", [2, 3, 8])
 def test_diffusion_features(small, nodes, windows, batch_size):
     def take(model):
-        return call(nodes["DiffusionFeatures"], model=model, latent=latents(FRAMES), batch_size=batch_size)[0]
+        return call(nodes["DiffusionFeatures"], model=model, latent=latents(FRAMES), batch_size=batch_size)[0].tokens
 
     assert_close(take(windows[0](small)), take(small), **CLOSE)
 

@@ -90,7 +90,7 @@ def test_inversion_and_edit(model, nodes, prompted, images, order):
 @IMAGES
 def test_diffusion_features_in_batches(model, nodes, prompted, images, batch_size):
     def take(model, batch_size):
-        return call(nodes["DiffusionFeatures"], model=model, latent=latents(FRAMES), batch_size=batch_size)[0]
+        return call(nodes["DiffusionFeatures"], model=model, latent=latents(FRAMES), batch_size=batch_size)[0].tokens
 
     expected = take(prompted(model, images), FRAMES)
     assert (expected - take(model, FRAMES)).abs().max() > 1e-2
@@ -151,7 +151,7 @@ def test_edit_with_windows(model, nodes, prompted, windowed, images):
 @IMAGES
 def test_diffusion_features_with_windows(model, nodes, prompted, windowed, images):
     def take(model):
-        return call(nodes["DiffusionFeatures"], model=model, latent=latents(FRAMES))[0]
+        return call(nodes["DiffusionFeatures"], model=model, latent=latents(FRAMES))[0].tokens
 
     expected = take(prompted(model, images))
     equal_or_refused(lambda: take(windowed(model, lambda model: prompted(model, images))), expected)
