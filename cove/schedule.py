@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import floor
 
 TRAIN_TIMESTEPS = 1000
 MAX_STEPS = TRAIN_TIMESTEPS - 1  # grids begin at timestep 1, and the last timestep is 999
@@ -40,8 +41,8 @@ class Schedule:
         return _timesteps(self.steps * self.multiple)[: (self.steps - 1) * self.multiple + 1]
 
     def share(self, share: float) -> int:
-        """Return how many sampling steps a share of them is, rounded: 40 for 0.8 of 50."""
-        return round(share * self.steps)
+        """Return how many sampling steps a share of them is, rounded half up, at least 1 unless it is 0: 40 of 50."""
+        return max(1, floor(share * self.steps + 0.5)) if share > 0 else 0
 
 
 def _timesteps(steps: int) -> list[int]:

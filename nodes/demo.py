@@ -13,7 +13,7 @@ FOLDER = Path(__file__).parent.parent / "demo"
 
 
 class LoadDemoModel(io.ComfyNode):
-    """A latent diffusion UNet in SD1.5's topology, narrow, trained by `training/` on drawn shapes."""
+    """A latent diffusion UNet in SD1.5's topology, narrow, trained by `evidence/shapes/` on drawn shapes."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -46,7 +46,7 @@ class LoadDemoModel(io.ComfyNode):
 
 
 class LoadDemoClip(io.ComfyNode):
-    """Drawn by `training/clips.py`: a striped red star that moves and turns on a cloudy blue ground."""
+    """Drawn by `evidence/shapes/clips.py`: a striped red star that moves and turns on a cloudy blue ground."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -205,7 +205,7 @@ def test_sigmas_at_refuses_more_steps_than_a_distilled_model_has(sampled, nodes,
             nodes["DDIMSamplerSelect"], model=model, noise=noises[steps]
         ),
     }.items():
-        with refused(node, "at most 52 steps (`steps` times `multiple`)", "ModelSamplingDiscreteDistilled and LCM"):
+        with refused(node, "at most 52 steps (its `steps` times `multiple`)", "ModelSamplingDiscreteDistilled and LCM"):
             run(100)
         with refused(node, "at most 52 steps"):
             run(53)

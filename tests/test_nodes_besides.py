@@ -207,7 +207,6 @@ def test_feature_injection_refuses_hooks_of_a_source_prompt(comfy, small, nodes)
     assert not calls
 
 
-@pytest.mark.xfail(raises=ValueError, strict=True, reason="Store Features refuses hooks, which the host would load")
 def test_store_features_stores_the_source_of_a_prompt_with_hooks(comfy, small, nodes):
     source = with_hooks(small, prompt(1))
     noise, inversion = invert(nodes, small, source)

@@ -123,11 +123,10 @@ def test_store_features_refuses_what_does_not_fit(comfy, small, nodes, host_modu
     assert float(found[1]) == pytest.approx(free / 2**30, rel=0.2)  # other programs take and give back
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1])
-def test_store_features_refuses_to_store_nothing(small, nodes, share):
+def test_store_features_refuses_to_store_nothing(small, nodes):
     _, inversion = invert(nodes, small)
     with refused("Store Features", "at least one block and one step", "Increase `share`"), watched(small) as calls:
-        store(nodes, small, inversion, share=share)
+        store(nodes, small, inversion, share=0.0)
     assert not calls
 
 

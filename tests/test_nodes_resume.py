@@ -73,6 +73,17 @@ def test_ddim_inversion_resumes_more_than_once(small, nodes, break_off):
     assert len(calls) == 2 and same(resumed, whole)
 
 
+def test_ddim_inversion_does_not_resume_steps_of_another_format(
+    small, nodes, break_off, lines, host_module, monkeypatch
+):
+    with monkeypatch.context() as older:
+        older.setattr(host_module.identity, "FORMAT", "cove.inversion.1")
+        break_off(lambda: invert(nodes, small, steps=4), 2)
+    with watched(small) as calls:
+        invert(nodes, small, steps=4)
+    assert len(calls) == 4 and not any("resuming" in line for line in lines())
+
+
 @pytest.mark.parametrize("storage", ["memory", "disk"])
 def test_store_features_after_an_interrupt_gives_the_same_bits(small, nodes, break_off, unfinished, base, storage):
     model = guide(nodes, small)

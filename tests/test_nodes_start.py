@@ -7,7 +7,7 @@ import torch
 from torch import zeros_like
 
 from tests.helpers import call, latents, prompt, refused, run_stock
-from tests.inversion_helpers import ALL, flow, guide, inject, invert, sample, watched
+from tests.inversion_helpers import ALL, flow, guide, inject, invert, sample, store, watched
 
 CLEAN, OTHER = "not inverted noise", "other latents than the noise of this inversion"
 STEPS = 5
@@ -135,6 +135,17 @@ def test_another_guidance_in_sampling_is_named(small, nodes, warnings, tmp_path)
         ]  # fmt: skip
         assert all(piece in line for line in lines for piece in expected), lines
         assert "guidance" in inversion.about
+
+
+def test_store_features_warns_of_another_guidance(small, nodes, warnings):
+    guided = guide(nodes, small)
+    _, inversion = invert(nodes, guided, steps=STEPS)
+    store(nodes, guided, inversion)
+    assert warnings() == []
+    store(nodes, small, inversion)
+    (line,) = warnings()
+    assert line.startswith("Store Features: inverted with Correspondence Attention (window 3, K 3, merge 0.5), stored ")
+    assert "stored without Correspondence Attention" in line and "Connect the model of DDIM Inversion" in line
 
 
 def test_the_same_guidance_is_not_warned_of(small, nodes, warnings):

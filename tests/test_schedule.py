@@ -37,7 +37,8 @@ def test_steps_out_of_range(steps, multiple):
 
 
 @pytest.mark.parametrize(
-    ("steps", "share", "count"), [(50, 0.8, 40), (20, 0.8, 16), (50, 0, 0), (7, 1, 7), (3, 0.8, 2), (3, 0.1, 0)]
+    ("steps", "share", "count"),
+    [(50, 0.8, 40), (20, 0.8, 16), (50, 0, 0), (7, 1, 7), (3, 0.8, 2), (3, 0.1, 1), (5, 0.5, 3), (7, 0.5, 4)],
 )
 def test_share(steps, share, count):
     assert Schedule(steps).share(share) == count

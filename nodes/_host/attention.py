@@ -152,8 +152,10 @@ def guidance_of(model_options: dict[str, Any]) -> dict[str, str] | None:
     return {"name": f"Correspondence Attention ({', '.join(parts)})", "fingerprint": fingerprint(matches, settings)}
 
 
-def guidance_differs(inverted: dict[str, str] | None, model_options: dict[str, Any]) -> str | None:
-    """A line that says how self-attention differs from that of the inversion; None when it does not."""
+def guidance_differs(
+    inverted: dict[str, str] | None, model_options: dict[str, Any], run: str = "sampled"
+) -> str | None:
+    """Describe how self-attention differs from that of the inversion; None if it does not. `run`: what is done now."""
     sampled = guidance_of(model_options)
     if inverted == sampled:
         return None
@@ -161,7 +163,7 @@ def guidance_differs(inverted: dict[str, str] | None, model_options: dict[str, A
     if then == now:
         now = "another correspondence of the same settings"
     then, now = (text if text.startswith("without") else f"with {text}" for text in (then, now))
-    return f"inverted {then}, sampled {now}: the clip comes back exactly only with the model that inverted it"
+    return f"inverted {then}, {run} {now}: the clip comes back exactly only with the model that inverted it"
 
 
 def check_slots(model_options: dict[str, Any], node: str, patches: dict[Block, Any] | None = None):

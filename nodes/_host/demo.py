@@ -27,7 +27,7 @@ UNET, VAE, CLIP = "model.diffusion_model.", "first_stage_model.", "cond_stage_mo
 
 
 def load_demo(path: Path) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
-    """What `training.export` wrote: Stable Diffusion's layout, and what a loader must know beside it as metadata."""
+    """Load a file of `evidence.training.export`: Stable Diffusion's layout, with what a loader needs as metadata."""
     weights, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
     facts = json.loads(metadata["cove_demo"])
     return _model(weights, facts), _clip(weights, facts), _vae(weights, facts)

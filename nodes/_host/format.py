@@ -11,4 +11,5 @@ def format_bytes(count: int) -> str:
 
 def format_sigmas(sigmas: Sequence[float]) -> str:
     texts = [f"{sigma:.4g}" for sigma in sigmas]
-    return f"{len(texts)} steps, sigma {', '.join(texts if len(texts) < 7 else [*texts[:3], '...', *texts[-2:]])}"
+    steps = "1 step" if len(texts) == 1 else f"{len(texts)} steps"
+    return f"{steps}, sigma {', '.join(texts if len(texts) < 7 else [*texts[:3], '...', *texts[-2:]])}"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...cove import __version__
 from ...cove.fingerprint import fingerprint
-from ...cove.inversion import Inversion
+from ...cove.inversion import FORMAT, Inversion
 from .model import sampling_name
 from .sampling import check_channels
 
@@ -37,7 +37,7 @@ def run_fingerprint(model, conditioning, samples: Tensor, sigmas: Tensor, refine
 
     What cannot be read is never the same twice, so that an inversion which it decides begins anew after a break.
     """
-    things = (model_fingerprint(model), model, conditioning, samples, sigmas, refinements, __version__)
+    things = (model_fingerprint(model), model, conditioning, samples, sigmas, refinements, __version__, FORMAT)
     try:
         return fingerprint(*things, known=_Contents(model))
     except Exception as error:  # objects of other packs raise what they like when they are read

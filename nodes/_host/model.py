@@ -79,8 +79,8 @@ def sigmas_at(model, timesteps: list[int], node: str) -> Tensor:
         most = max(steps for steps, grid in grids.items() if (grid[1:] > grid[:-1]).all())
         raise ValueError(
             f"{node}: expected steps that each have another noise level, but {sampling_name(sampling)} has too few "
-            f"levels for timesteps {timesteps[:3]} and so on. With this model, inversion can take at most {most} steps "
-            f"(`steps` times `multiple`)."
+            f"levels for timesteps {timesteps[:3]} and so on. With this model, DDIM Inversion can take at most {most} "
+            f"steps (its `steps` times `multiple`)."
         )
     return sigmas
 

@@ -70,20 +70,13 @@ class SourceBranch:
             self.tell("; ".join(warnings), logging.WARNING)
 
     def check_prompt(self) -> None:
-        """Raise when the source cannot be run: no prompt, hooks, or rows for other frames than the clip's."""
-        if self.conditioning is None:
-            raise ValueError(
-                f"{self.node}: the source must run beside the edit, but this inversion does not hold its prompt (a "
-                f"ControlNet, an area, or several entries). Connect the conditioning that DDIM Inversion had."
-            )
+        """Raise when the source cannot run beside an edit: as `check_source_prompt`, or its prompt has hooks."""
+        check_source_prompt(self.inversion, self.conditioning, self.node)
         if any(extras.get("hooks") for _, extras in self.conditioning):
             raise ValueError(
                 f"{self.node}: the source prompt carries hooks (a LoRA on the prompt), which the host does not load "
                 f"for a source that runs beside the edit. Put the LoRA on the model."
             )
-        conds = comfy.sampler_helpers.convert_cond(self.conditioning)
-        check_no_reference(conds, self.node)
-        check_rows(conds, self.inversion.frames, self.node)
 
     @contextmanager
     def ready(self, guider, extra_args: dict[str, Any], noise: Tensor) -> Iterator[dict[str, Any]]:
@@ -110,7 +103,7 @@ class SourceBranch:
             known = self.inversion.sigmas[1:].flip(0).tolist()
             raise ValueError(
                 f"{self.node}: expected the sigmas of the inversion ({format_sigmas(known)}), got "
-                f"{format_sigmas(sigmas)}, of which {len(missed)} are not among them. Sample with DDIM Sampler, or "
+                f"{format_sigmas(sigmas)}; {len(missed)} of {len(sigmas)} do not match. Sample with DDIM Sampler, or "
                 "with the sampler and the sigmas of DDIM Sampler (for SamplerCustomAdvanced)."
             )
 
@@ -123,6 +116,18 @@ class SourceBranch:
         # Nothing of what is done to the edit is done to the source.
         published = {FEATURES: None, ATTENTION: None, RUNNING: True, **published}
         executor(model, prompt, latents.to(x_in), timestep, options_with(model_options, **published))
+
+
+def check_source_prompt(inversion: Inversion, conditioning, node: str) -> None:
+    """Raise when the source cannot be run: no prompt, a reference ControlNet, or rows of another clip's frames."""
+    if conditioning is None:
+        raise ValueError(
+            f"{node}: expected the source prompt, which this inversion does not hold (it had a ControlNet, an area, or "
+            f"several entries). Connect the conditioning of DDIM Inversion."
+        )
+    conds = comfy.sampler_helpers.convert_cond(conditioning)
+    check_no_reference(conds, node)
+    check_rows(conds, inversion.frames, node)
 
 
 def check_one_prompt(options: dict[str, Any], node: str, before: Any = None) -> Any:

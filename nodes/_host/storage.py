@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -16,10 +17,11 @@ from torch import Tensor
 from ...cove.injection import Site
 from ...cove.inversion import Inversion, on_disk
 from . import injection
+from .attention import guidance_differs
 from .files import saving
 from .format import format_bytes
 from .sampling import check_not_compiled, preview, run
-from .source import SourceBranch
+from .source import check_source_prompt
 
 MEMORY, DISK = "memory", "disk"
 STORAGES = (MEMORY, DISK)
@@ -46,7 +48,10 @@ def store_features(
         ValueError: they do not fit, nothing would be stored, or MODEL sees frames in windows.
     """
     _check_storable(model, node)
-    SourceBranch(inversion, conditioning, injection.KEY, node, tell).check_prompt()
+    check_source_prompt(inversion, conditioning, node)
+    differs = guidance_differs(inversion.about["guidance"], model.model_options, "stored")
+    if differs:
+        tell(f"{differs}. Connect the model of DDIM Inversion", logging.WARNING)
     tell(_size_line(model, inversion, sites, steps, storage, node))
     first = inversion.schedule.steps - steps
     features: dict[int, Mapping[str, Tensor]] = {}
