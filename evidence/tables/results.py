@@ -104,8 +104,8 @@ def _matches(methods: dict[str, str]) -> str:
 
 def matches_baselines() -> str:
     methods = {
-        "level 0, t = 261, 1 draw (the paper)": f"level 0, t 261, {PAPER}",
-        "level 1, t = 261, 1 draw": f"level 1, t 261, {PAPER}",
+        "level 0, t = 261, 1 draw": f"level 0, t 261, {PAPER}",
+        "level 1, t = 261, 1 draw (the paper)": f"level 1, t 261, {PAPER}",
         "level 2, t = 261, 1 draw (DIFT's level)": f"level 2, t 261, {PAPER}",
     }
     patches = [f"RGB {side}x{side}{refined}" for side in PATCHES for refined in ("", ", refined")]
@@ -217,14 +217,17 @@ def edits_compared() -> str:
 def reconstruction() -> str:
     found = records("reconstruction")
     lines = []
-    for steps, refinements in sorted({(case["steps"], case["refinements"]) for case, _ in found}):
-        line = [str(steps), str(refinements)]
+    settings = ("steps", "multiple", "refinements", "extrapolate")
+    for values in sorted({tuple(case[name] for name in settings) for case, _ in found}):
+        wanted = dict(zip(settings, values, strict=True))
+        chosen = [(case, measured) for case, measured in found if case.items() >= wanted.items()]
+        evaluations = {measured["evaluations"] for _, measured in chosen}
+        line = [*map(str, values[:-1]), "previous step" if values[-1] else "scaled", "-".join(map(str, evaluations))]
         for guided in (False, True):
-            wanted = {"steps": steps, "refinements": refinements, "guided": guided}
-            values = [(case["seed"], m["lowest PSNR"]) for case, m in found if case.items() >= wanted.items()]
-            line.append(f"{spread(values, 1)} dB")
+            some = [(case["seed"], measured["lowest PSNR"]) for case, measured in chosen if case["guided"] == guided]
+            line.append(f"{spread(some, 1)} dB")
         lines.append(line)
-    return rows(["steps", "refinements", "plain", "guided"], lines)
+    return rows(["steps", "multiple", "refinements", "first guess", "evaluations", "plain", "guided"], lines)
 
 
 def of_runs(name: str, key: str, defaults: dict) -> dict[str | int, dict[int, dict]]:
