@@ -16,8 +16,8 @@ class CorrespondenceAttention(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="CoveCorrespondenceAttention",
-            display_name="Correspondence Attention",
-            category="COVE",
+            display_name="COVE Correspondence Attention",
+            category="COVE/edit",
             description="Lets the frames of a clip see one another: every token attends to all frames, then to its own "
             "matches. Use the same patched model for DDIM Inversion and for sampling.",
             inputs=[

@@ -21,8 +21,8 @@ class FindCorrespondence(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="CoveCorrespondence",
-            display_name="Correspondence",
-            category="COVE",
+            display_name="COVE Correspondence",
+            category="COVE/match",
             description="Finds, for every token of every frame, the most similar tokens nearby in the frames before "
             "and after. Once a clip; edits with other prompts use the same one.",
             inputs=[
@@ -84,8 +84,8 @@ class SaveCorrespondence(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="CoveSaveCorrespondence",
-            display_name="Save Correspondence",
-            category="COVE",
+            display_name="COVE Save Correspondence",
+            category="COVE/load",
             description="Saves a correspondence to ComfyUI's output folder.",
             inputs=[
                 _host.CorrespondenceType.Input("correspondence", tooltip="From Correspondence."),
@@ -116,8 +116,8 @@ class LoadCorrespondence(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="CoveLoadCorrespondence",
-            display_name="Load Correspondence",
-            category="COVE",
+            display_name="COVE Load Correspondence",
+            category="COVE/load",
             description="Loads what Save Correspondence wrote, in place of Diffusion Features and Correspondence.",
             inputs=[
                 io.Combo.Input(

@@ -21,8 +21,8 @@ class DDIMInversion(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="CoveDDIMInversion",
-            display_name="DDIM Inversion",
-            category="COVE",
+            display_name="COVE DDIM Inversion",
+            category="COVE/edit",
             description="Finds the noise from which DDIM sampling, with the same model and prompt at cfg 1, returns "
             "the clip.",
             inputs=[
@@ -88,8 +88,8 @@ class DDIMSampler(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="CoveDDIMSampler",
-            display_name="DDIM Sampler",
-            category="COVE",
+            display_name="COVE DDIM Sampler",
+            category="COVE/edit",
             description="Samples the edited clip from the noise that DDIM Inversion found.",
             inputs=[
                 io.Model.Input("model", tooltip="The same patched model as in DDIM Inversion."),
@@ -130,8 +130,8 @@ class DDIMSamplerSelect(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="CoveDDIMSamplerSelect",
-            display_name="DDIM Sampler (for SamplerCustomAdvanced)",
-            category="COVE",
+            display_name="COVE DDIM Sampler (for SamplerCustomAdvanced)",
+            category="COVE/edit",
             description="The sampler and the sigmas of DDIM Sampler, for SamplerCustomAdvanced with any guider. Give "
             "that node DisableNoise and the noise from DDIM Inversion.",
             inputs=[

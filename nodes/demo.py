@@ -19,8 +19,8 @@ class LoadDemoModel(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="CoveLoadDemoModel",
-            display_name="Load Demo Model",
-            category="COVE",
+            display_name="COVE Load Demo Model",
+            category="COVE/load",
             description="Loads a small model that comes with the pack and knows flat shapes on plain, cloudy and tiled "
             "grounds. It shows how an edit works, on any computer and without a download; for clips of your own, load "
             "a checkpoint.",
@@ -52,8 +52,8 @@ class LoadDemoClip(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="CoveLoadDemoClip",
-            display_name="Load Demo Clip",
-            category="COVE",
+            display_name="COVE Load Demo Clip",
+            category="COVE/load",
             description="Loads a clip that the demo model understands: a striped red star on a cloudy blue ground, "
             "8 frames of 128x128 pixels.",
             outputs=[

@@ -15,8 +15,8 @@ class ShowCorrespondence(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="CoveShowCorrespondence",
-            display_name="Show Correspondence",
-            category="COVE",
+            display_name="COVE Show Correspondence",
+            category="COVE/match",
             description=(
                 "Marks points of one frame (red) and their matches in all other frames: best yellow, second green, "
                 "further ones blue. Matches that stay on the same thing mean that the edit will stay on it too."

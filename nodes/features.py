@@ -47,8 +47,8 @@ class DiffusionFeatures(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="CoveDiffusionFeatures",
-            display_name="Diffusion Features",
-            category="COVE",
+            display_name="COVE Diffusion Features",
+            category="COVE/match",
             description="Computes the diffusion features of every frame: noise is added, the UNet runs, and the "
             "hidden state of its decoder is kept. Similar features mean the same part of the picture.",
             inputs=[

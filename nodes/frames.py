@@ -25,8 +25,8 @@ class LoadFrames(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="CoveLoadFrames",
-            display_name="Load Frames",
-            category="COVE",
+            display_name="COVE Load Frames",
+            category="COVE/load",
             description=(
                 "Loads the frames of a video, or of a folder of images, from ComfyUI's input folder, at a size that "
                 "fits latents, as players show them, with the sound of the same span. Editing time grows faster than "

@@ -33,8 +33,8 @@ class FeatureInjection(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="CoveFeatureInjection",
-            display_name="Feature Injection",
-            category="COVE",
+            display_name="COVE Feature Injection",
+            category="COVE/edit",
             description="Keeps the layout and the shapes of the source: in the first steps of sampling, the features "
             "of the inverted clip take the place of the edit's.",
             inputs=[
@@ -88,8 +88,8 @@ class StoreFeatures(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="CoveStoreFeatures",
-            display_name="Store Features",
-            category="COVE",
+            display_name="COVE Store Features",
+            category="COVE/edit",
             description="Stores the features that Feature Injection injects, so that many prompts can be tried on one "
             "clip without running the source beside each edit. The node shows their size before it runs.",
             inputs=[

@@ -17,8 +17,8 @@ class SaveInversion(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="CoveSaveInversion",
-            display_name="Save Inversion",
-            category="COVE",
+            display_name="COVE Save Inversion",
+            category="COVE/load",
             description="Saves an inversion to ComfyUI's output folder, so that the clip need not be inverted again.",
             inputs=[
                 _host.InversionType.Input("inversion", tooltip="From DDIM Inversion."),
@@ -50,8 +50,8 @@ class LoadInversion(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="CoveLoadInversion",
-            display_name="Load Inversion",
-            category="COVE",
+            display_name="COVE Load Inversion",
+            category="COVE/load",
             description="Loads what Save Inversion wrote, in place of DDIM Inversion.",
             inputs=[
                 io.Combo.Input(

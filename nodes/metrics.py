@@ -20,8 +20,8 @@ class ReconstructionCheck(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="CoveReconstructionCheck",
-            display_name="Reconstruction Check",
-            category="COVE",
+            display_name="COVE Reconstruction Check",
+            category="COVE/check",
             description="Says how well the clip comes back from its inversion, and what to change when it does not. "
             "What is lost here is lost in every edit.",
             inputs=[
@@ -80,8 +80,8 @@ class EditCheck(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="CoveEditCheck",
-            display_name="Edit Check",
-            category="COVE",
+            display_name="COVE Edit Check",
+            category="COVE/check",
             description="Measures how steady an edited clip is, and how far it is from its source. To compare settings "
             "by numbers: change one, look at both.",
             inputs=[
@@ -145,7 +145,7 @@ class EditCheck(io.ComfyNode):
 
 def _check_alike(node, clips: dict[str, torch.Tensor]) -> None:
     """An error unless all are of the source's size, and that is one which SSIM is defined for."""
-    name_of_node, source = node.define_schema().display_name, clips["source"]
+    name_of_node, source = _host.name_of(node), clips["source"]
     for name, clip in clips.items():
         if clip.shape != source.shape:
             raise ValueError(

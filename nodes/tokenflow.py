@@ -16,8 +16,8 @@ class TokenFlow(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="CoveTokenFlow",
-            display_name="TokenFlow",
-            category="COVE",
+            display_name="COVE TokenFlow",
+            category="COVE/edit",
             description="In place of Correspondence Attention: a few keyframes see one another, and every frame takes "
             "its tokens from the keyframes around it, as they belong together in the source.",
             inputs=[

@@ -173,7 +173,7 @@ def small(load, base):
 def lines(caplog, nodes):
     """What the nodes said, without the name of the node."""
     caplog.set_level("INFO")
-    names = {node.define_schema().display_name for node in nodes.values()}
+    names = {node.define_schema().display_name.removeprefix("COVE ") for node in nodes.values()}
 
     def said() -> list[str]:
         messages = [record.getMessage().partition(": ") for record in caplog.records]

@@ -194,7 +194,7 @@ def spelled(name, folders, file="clip.mp4"):
 @pytest.mark.parametrize("node", LOADERS)
 def test_names_that_lead_out_are_refused_unopened(nodes, folders, record, node):
     file, node, settings = LOADERS[node], nodes[node], SETTINGS[node]
-    name = node.define_schema().display_name
+    name = node.define_schema().display_name.removeprefix("COVE ")
     fill(folders.outside, record)
     link_out(folders.input, folders.outside)
     with opened(folders.outside, folders.outside / "sub", folders.outside / "images") as seen:
@@ -227,7 +227,7 @@ def test_missing_and_present_files_outside_are_refused_alike(nodes, folders, rec
 @pytest.mark.parametrize("node", LOADERS)
 def test_names_of_nothing_that_can_be_loaded_are_refused(nodes, folders, node):
     file, node, settings = LOADERS[node], nodes[node], SETTINGS[node]
-    name = node.define_schema().display_name
+    name = node.define_schema().display_name.removeprefix("COVE ")
     fill(folders.input)
     (folders.input / "loop").symlink_to("loop")
     os.mkfifo(folders.input / "pipe")  # reading would wait for ever

@@ -16,7 +16,7 @@ STEPS = 5
 @pytest.fixture
 def warnings(caplog, nodes):
     """() -> what nodes warned of since it was last asked, with the node's name."""
-    names = {node.define_schema().display_name for node in nodes.values()}
+    names = {node.define_schema().display_name.removeprefix("COVE ") for node in nodes.values()}
 
     def found() -> list[str]:
         records = [record for record in caplog.records if record.levelno == logging.WARNING]

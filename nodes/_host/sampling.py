@@ -152,9 +152,14 @@ def check_not_compiled(model, node: str) -> None:
         )
 
 
+def name_of(node) -> str:
+    """Return a node's name in messages: its display name without the pack's, which is there for search."""
+    return node.define_schema().display_name.removeprefix("COVE ")
+
+
 def say(node, text: str, level: int = logging.INFO) -> None:
     """Show a line on a node in the page, while it runs, and in the log. `node` is its class."""
-    logging.log(level, "%s: %s", node.define_schema().display_name, text)
+    logging.log(level, "%s: %s", name_of(node), text)
     module = sys.modules.get("server")  # there when ComfyUI serves a page, and not where nodes are called by a script
     if module is not None and node.hidden is not None:
         module.PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
