@@ -57,7 +57,9 @@ class ReconstructionCheck(io.ComfyNode):
         back = metrics.psnr(clips["reconstruction"], reference)
         worst = int(back.argmin())
         vae = float(metrics.psnr(reference, clips["source"])[worst]) if vae_only is not None else None
-        about = () if inversion is None else (inversion.about["refinements"], inversion.diverged)
+        about = ()
+        if inversion is not None:
+            about = inversion.about["refinements"], bool(inversion.diverged), inversion.schedule.multiple
         text = verdict(float(back[worst]), *about, vae=vae)
         if inversion is not None:
             text += f" ({inversion.quality()})"
@@ -167,13 +169,19 @@ def _spell(clip: torch.Tensor) -> str:
 GOOD, FAIR = 30.0, 25.0  # dB: differences one has to look for, and differences one sees at once
 
 
-def verdict(lowest: float, refinements: int | None = None, diverged: bool = False, vae: float | None = None) -> str:
-    """In plain words: is an inversion good enough to edit on, and if not, what to change.
+def verdict(
+    lowest: float,
+    refinements: int | None = None,
+    diverged: bool = False,
+    multiple: int = 1,
+    vae: float | None = None,
+) -> str:
+    """Say whether an inversion is good enough to edit on, and if not, what to change.
 
     Args:
-        lowest: PSNR in dB of the worst frame, sampled back; against what the autoencoder leaves of it, if known.
-        refinements: of the inversion, if known. diverged: whether refining diverged at some step.
-        vae: PSNR in dB of what the autoencoder leaves of that frame, if known.
+        lowest: PSNR in dB of the worst frame after sampling back, against the frame as the VAE decodes it if known.
+        refinements, multiple: of the inversion, if known. diverged: whether refining diverged at some step.
+        vae: PSNR in dB of that frame as the VAE decodes it, if known.
     """
     if lowest >= GOOD:
         words = "Good: the clip comes back. Edit on this inversion."
@@ -181,9 +189,16 @@ def verdict(lowest: float, refinements: int | None = None, diverged: bool = Fals
         words = (
             "Fair: the clip comes back with visible loss." if lowest >= FAIR else "Poor: the clip does not come back."
         )
-        more = "steps" if diverged or (refinements or 0) >= 2 else "refinements"
+        # docs/results.md: a multiple inverts other steps than sampling takes, and no refinement makes up for it.
+        change = (
+            "multiple 1"
+            if multiple > 1
+            else "more steps"
+            if diverged or (refinements or 0) >= 2
+            else "more refinements"
+        )
         words += (
-            f" Set more {more} in DDIM Inversion. DDIM Sampler must have the source prompt, cfg 1, and the same model."
+            f" Set {change} in DDIM Inversion. DDIM Sampler must have the source prompt, cfg 1, and the same model."
         )
     if vae is not None and vae < FAIR:
         words += " The VAE alone loses much: load larger frames."

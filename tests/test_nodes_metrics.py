@@ -118,7 +118,9 @@ def test_advice_knows_how_the_inversion_went(small, nodes):
     _, two = invert(nodes, small, steps=2, refinements=2)
     stopped, residuals = torch.tensor([False, True]), torch.tensor([0.1, 0.2], dtype=torch.float64)
     worse = replace(one, stopped=stopped, residuals=residuals)
-    for inversion, advice in ((one, "more refinements"), (two, "more steps"), (worse, "more steps")):
+    _, finer = invert(nodes, small, steps=2, refinements=2, multiple=2)
+    advices = (one, "more refinements"), (two, "more steps"), (worse, "more steps"), (finer, "multiple 1")
+    for inversion, advice in advices:
         report = call(nodes["ReconstructionCheck"], source=source, reconstruction=back, inversion=inversion)[1]
         assert f"Set {advice} in DDIM Inversion" in report and inversion.quality() in report
     assert "refining diverged in 1 steps, first in step 2" in worse.quality()
@@ -154,6 +156,12 @@ def test_verdict_on_the_worst_frame(verdict, decibels, word):
     assert text.startswith(f"{word}: ")
     assert ("Edit on this inversion" in text) == (word == "Good")
     assert ("Set more" in text) == (word != "Good")
+
+
+def test_verdict_advises_against_a_multiple(verdict):
+    for refinements, diverged in ((0, False), (1, True), (3, False)):
+        assert "Set multiple 1 in DDIM Inversion" in verdict(20, refinements, diverged, 2)
+        assert "multiple" not in verdict(20, refinements, diverged, 1)
 
 
 @pytest.mark.parametrize("decibels", [27, 20])
