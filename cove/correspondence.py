@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .files import save_tensors, whole_file
+from .files import atomic_write, save_tensors
 
 FORMAT = "cove.correspondence.1"
 
@@ -124,7 +124,7 @@ class Correspondence:
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file, under a temporary name and then renamed: a kill leaves the old file or none."""
         metadata = {"format": FORMAT} | {name: str(getattr(self, name)) for name in ("height", "width", "window")}
-        with whole_file(path) as temporary:
+        with atomic_write(path) as temporary:
             save_tensors(self._matches(), temporary, metadata)
 
     @classmethod

@@ -12,7 +12,7 @@ import torch
 from av.video.reformatter import ColorRange, Colorspace
 from torch import Tensor
 
-from .files import whole_file
+from .files import atomic_write
 from .frames import Progress
 
 
@@ -42,7 +42,7 @@ def write_frames(path: str | os.PathLike, images: Tensor, fps: float, progress: 
         raise ValueError(f"fps is {fps}; expected a number above 0.")
 
     with (
-        whole_file(path) as temporary,
+        atomic_write(path) as temporary,
         av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"}) as container,
     ):
         # 30000/1001 is what 29.97 means; this denominator keeps it, and its division by a stride, exact.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 @contextmanager
-def whole_file(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Provide a temporary path beside `path`, which is renamed to it when the block ends without an error.
 
     A kill at any point leaves the old file or none under the name, an error leaves no temporary file either.

@@ -74,7 +74,7 @@ def choose_blocks(kind: str, text: str, available: Sequence[int], levels: Sequen
     return tuple(sorted(chosen))
 
 
-def put_back(into: Tensor, features: Tensor, conds: int) -> Tensor:
+def inject_features(into: Tensor, features: Tensor, conds: int) -> Tensor:
     """Replace the features of every conditioning by the source's.
 
     Args:

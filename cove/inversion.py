@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .files import save_tensors, whole_file
+from .files import atomic_write, save_tensors
 from .schedule import Schedule
 
 FORMAT = "cove.inversion.2"
@@ -119,7 +119,7 @@ class Inversion:
         """Write one safetensors file, under a temporary name and then renamed: a kill leaves the old file or none."""
         numbers = {"steps": self.schedule.steps, "multiple": self.schedule.multiple}
         metadata = {"format": FORMAT, "schedule": json.dumps(numbers), "about": json.dumps(dict(self.about))}
-        with whole_file(path) as temporary:
+        with atomic_write(path) as temporary:
             save_tensors(self._tensors(), temporary, metadata)
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -227,7 +227,7 @@ class UnfinishedInversion:
         if step and not self._path(step - 1).exists():
             raise OSError("the step before is missing")
         self.folder.mkdir(parents=True, exist_ok=True)
-        with whole_file(self._path(step)) as temporary:
+        with atomic_write(self._path(step)) as temporary:
             save_tensors(tensors, temporary)
 
     def discard(self) -> None:

@@ -66,14 +66,14 @@ def table(columns: Columns) -> str:
     lines = [["frame"], *([str(frame)] for frame in range(len(next(iter(columns.values()))))), ["mean"]]
     for name, values in columns.items():
         digits = 1 if "PSNR" in name else DIGITS.get(name, 4)
-        cells = [name, *(_spell(value, digits) for value in (*values, _mean(values)))]
+        cells = [name, *(_format_number(value, digits) for value in (*values, _mean(values)))]
         for line, cell in zip(lines, cells, strict=True):
             line.append(cell)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
 
-def _spell(value: float, digits: int) -> str:
+def _format_number(value: float, digits: int) -> str:
     return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 

@@ -102,10 +102,10 @@ class SaveCorrespondence(io.ComfyNode):
 
     @classmethod
     def execute(cls, correspondence, filename_prefix) -> io.NodeOutput:
-        path = _host.place_to_save(filename_prefix, ENDING, "Save Correspondence")
+        path = _host.output_path(filename_prefix, ENDING, "Save Correspondence")
         with _host.saving("Save Correspondence"):
             correspondence.save(path)
-        _host.say(cls, f"saved as {path.name}, {path.stat().st_size / 2**20:.1f} MiB")
+        _host.report_status(cls, f"saved as {path.name}, {path.stat().st_size / 2**20:.1f} MiB")
         return io.NodeOutput()
 
 
@@ -122,7 +122,7 @@ class LoadCorrespondence(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=_host.saved_files(ENDING),
+                    options=_host.list_saved(ENDING),
                     tooltip="A saved correspondence, newest first. Lists ComfyUI's output and input folders and the "
                     "subfolder `cove` of each.",
                 ),

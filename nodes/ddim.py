@@ -75,9 +75,9 @@ class DDIMInversion(io.ComfyNode):
         _host.check_channels(model, latent["samples"], node)
         _host.check_unmasked(latent, node)
         _host.check_conditioning(conditioning, latent, node)
-        tell = partial(_host.say, cls)
-        noise, inversion = _host.invert(model, conditioning, latent, schedule, refinements, node=node, tell=tell)
-        tell("; ".join([inversion.quality(), *_host.left_unfinished()]))
+        report = partial(_host.report_status, cls)
+        noise, inversion = _host.invert(model, conditioning, latent, schedule, refinements, node=node, report=report)
+        report("; ".join([inversion.quality(), *_host.left_unfinished()]))
         return io.NodeOutput(noise, inversion)
 
 
@@ -118,7 +118,7 @@ class DDIMSampler(io.ComfyNode):
         sigmas = _host.sampling_sigmas(model, noise, node)
         _host.check_conditioning([*positive, *negative], noise, node)
         _host.check_channels(model, noise["samples"], node)
-        _host.warn_of_start(model, noise, sigmas[0], partial(_host.say, cls))
+        _host.warn_of_start(model, noise, sigmas[0], partial(_host.report_status, cls))
         options = {"node": node, "callback": _host.preview(model, len(sigmas) - 1)}
         return io.NodeOutput(_host.run(model, ddim.sample, noise, sigmas, positive, negative, cfg, **options))
 
@@ -148,9 +148,9 @@ class DDIMSamplerSelect(io.ComfyNode):
         _host.unet_of(model, node)
         sigmas = _host.sampling_sigmas(model, noise, node)
         _host.check_channels(model, noise["samples"], node)
-        tell = partial(_host.say, cls)
-        _host.warn_of_start(model, noise, sigmas[0], tell)
-        return io.NodeOutput(KSAMPLER(partial(_host.sample_from_noise, tell)), sigmas)
+        report = partial(_host.report_status, cls)
+        _host.warn_of_start(model, noise, sigmas[0], report)
+        return io.NodeOutput(KSAMPLER(partial(_host.sample_from_noise, report)), sigmas)
 
 
 NODES = [DDIMInversion, DDIMSampler, DDIMSamplerSelect]

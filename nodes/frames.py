@@ -142,7 +142,7 @@ class LoadFrames(io.ComfyNode):
         except ValueError as error:
             raise ValueError(f"Load Frames: {error}") from error
         for note in clip.notes:
-            _host.say(cls, note)
+            _host.report_status(cls, note)
         audio = clip.audio and {"waveform": clip.audio.samples[None], "sample_rate": clip.audio.rate}
         return io.NodeOutput(clip.images, clip.fps, len(clip.images), clip.mask, audio)
 

@@ -78,7 +78,9 @@ class FeatureInjection(io.ComfyNode):
         _host.check_fits(inversion, model, node)
         source = _host.conditioning_of(inversion) if conditioning is None else conditioning
         shares = {RESNET: resnet_share, ATTENTION: attention_share}
-        return io.NodeOutput(_host.inject(model, inversion, sites, shares, source, node, partial(_host.say, cls)))
+        return io.NodeOutput(
+            _host.inject(model, inversion, sites, shares, source, node, partial(_host.report_status, cls))
+        )
 
 
 class StoreFeatures(io.ComfyNode):
@@ -123,8 +125,8 @@ class StoreFeatures(io.ComfyNode):
         _host.check_fits(inversion, model, node)
         source = _host.conditioning_of(inversion) if conditioning is None else conditioning
         steps = inversion.schedule.share(share)
-        tell = partial(_host.say, cls)
-        return io.NodeOutput(_host.store_features(model, inversion, sites, steps, storage, source, node, tell))
+        report = partial(_host.report_status, cls)
+        return io.NodeOutput(_host.store_features(model, inversion, sites, steps, storage, source, node, report))
 
 
 NODES = [FeatureInjection, StoreFeatures]

@@ -35,11 +35,11 @@ class SaveInversion(io.ComfyNode):
 
     @classmethod
     def execute(cls, inversion, filename_prefix) -> io.NodeOutput:
-        path = _host.place_to_save(filename_prefix, ENDING, "Save Inversion")
+        path = _host.output_path(filename_prefix, ENDING, "Save Inversion")
         _host.check_space(path.parent, inversion.bytes, "Save Inversion")
         with _host.saving("Save Inversion"):
             inversion.save(path)
-        _host.say(cls, f"saved as {path.name}, {path.stat().st_size / 2**20:.1f} MiB")
+        _host.report_status(cls, f"saved as {path.name}, {path.stat().st_size / 2**20:.1f} MiB")
         return io.NodeOutput()
 
 
@@ -56,7 +56,7 @@ class LoadInversion(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=_host.saved_files(ENDING),
+                    options=_host.list_saved(ENDING),
                     tooltip="A saved inversion, newest first. Lists ComfyUI's output and input folders and the "
                     "subfolder `cove` of each.",
                 ),
@@ -92,7 +92,7 @@ class LoadInversion(io.ComfyNode):
         except (OSError, ValueError) as error:
             raise ValueError(f"{node}: {error}") from error
         _host.check_fits(inversion, model, node, latent)
-        _host.say(cls, f"{inversion.frames} frames, {inversion.schedule.steps} steps; {inversion.quality()}")
+        _host.report_status(cls, f"{inversion.frames} frames, {inversion.schedule.steps} steps; {inversion.quality()}")
         return io.NodeOutput(_host.noise_of(model, inversion), inversion)
 
 

@@ -70,7 +70,7 @@ class ReconstructionCheck(io.ComfyNode):
         against = "the source" if vae_only is None else "what the VAE leaves"
         text += f" Lowest PSNR {back[worst]:.1f} dB against {against}, frame {worst}. Below, all against the source."
         text += f"\n\n{report.table(columns)}"
-        _host.say(cls, text)
+        _host.report_status(cls, text)
         sheet = torch.cat(list(clips.values()), dim=2)
         return io.NodeOutput(sheet, text, ui=ui.PreviewImage(sheet, cls=cls))
 
@@ -140,7 +140,7 @@ class EditCheck(io.ComfyNode):
         columns = report.edit_columns(**clips, progress=lambda done, total: progress(seen_frames + done, total))
         columns |= similarities
         text = f"{report.summary(columns)}\n\n{report.table(columns)}"
-        _host.say(cls, text)
+        _host.report_status(cls, text)
         picture = report.plot(report.panels_of(columns))
         return io.NodeOutput(picture, text, ui=ui.PreviewImage(picture, cls=cls))
 
@@ -151,17 +151,17 @@ def _check_alike(node, clips: dict[str, torch.Tensor]) -> None:
     for name, clip in clips.items():
         if clip.shape != source.shape:
             raise ValueError(
-                f"{name_of_node}: source is {_spell(source)}, but {name} is {_spell(clip)}. Make both from the same "
-                f"frames."
+                f"{name_of_node}: source is {_format_frames(source)}, but {name} is {_format_frames(clip)}. Make both "
+                f"from the same frames."
             )
     if min(source.shape[1:3]) < SMALLEST:
         raise ValueError(
-            f"{name_of_node}: expected frames of {SMALLEST}x{SMALLEST} pixels or more, got {_spell(source)}. Load "
-            f"larger frames."
+            f"{name_of_node}: expected frames of {SMALLEST}x{SMALLEST} pixels or more, got {_format_frames(source)}. "
+            f"Load larger frames."
         )
 
 
-def _spell(clip: torch.Tensor) -> str:
+def _format_frames(clip: torch.Tensor) -> str:
     frames, height, width, _ = clip.shape
     return f"{frames} frames of {width}x{height}"
 

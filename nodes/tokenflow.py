@@ -64,8 +64,8 @@ class TokenFlow(io.ComfyNode):
         _host.unet_of(model, node)
         _host.check_fits(inversion, model, node)
         source = _host.conditioning_of(inversion) if conditioning is None else conditioning
-        tell = partial(_host.say, cls)
-        return io.NodeOutput(_host.flow_tokens(model, inversion, every, blend_keyframes, seed, source, node, tell))
+        report = partial(_host.report_status, cls)
+        return io.NodeOutput(_host.flow_tokens(model, inversion, every, blend_keyframes, seed, source, node, report))
 
 
 NODES = [TokenFlow]

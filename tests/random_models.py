@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cove.files import whole_file
+from cove.files import atomic_write
 
 
 @dataclass(frozen=True)
@@ -373,6 +373,6 @@ def _family(kind: str, kinds) -> Family:
 def _save(tensors: dict[str, Tensor], path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         torch.save({"state_dict": tensors}, temporary)
     return path

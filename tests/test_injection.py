@@ -5,7 +5,7 @@ import tracemalloc
 import pytest
 import torch
 
-from cove.injection import ATTENTION, RESNET, Site, choose_blocks, put_back
+from cove.injection import ATTENTION, RESNET, Site, choose_blocks, inject_features
 from tests.method_helpers import DEVICES, randn
 
 # SD1 and SD2: ResNets in all twelve decoder blocks, transformers from the fourth. By how often their grid is halved.
@@ -104,7 +104,7 @@ def test_every_conditioning_gets_the_features(conds, shape, device):
     features = randn(*shape)
     into = randn(conds * shape[0], *shape[1:], seed=1).to(device)
     before = into.clone()
-    found = put_back(into, features, conds)
+    found = inject_features(into, features, conds)
     assert found.shape == into.shape and found.device == into.device
     for chunk in found.cpu().chunk(conds):  # one conditioning after the other, each with all frames
         assert torch.equal(chunk, features)
@@ -114,7 +114,7 @@ def test_every_conditioning_gets_the_features(conds, shape, device):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_features_take_the_dtype_of_what_they_replace(dtype):
     features = randn(3, 11, 5, 7)
-    found = put_back(torch.zeros(6, 11, 5, 7, dtype=dtype), features, 2)
+    found = inject_features(torch.zeros(6, 11, 5, 7, dtype=dtype), features, 2)
     assert found.dtype == dtype
     assert torch.equal(found[3:], features.to(dtype))
 
@@ -125,7 +125,7 @@ def test_features_take_the_dtype_of_what_they_replace(dtype):
 )
 def test_features_of_another_shape_are_refused(into, conds):
     with pytest.raises(ValueError) as caught:
-        put_back(torch.zeros(into), randn(3, 7, 11), conds)
+        inject_features(torch.zeros(into), randn(3, 7, 11), conds)
     assert all(part in str(caught.value) for part in ("[3, 7, 11]", str(list(into)), f"{conds} conditionings"))
 
 

@@ -13,7 +13,7 @@ import torch
 
 from cove.correspondence import Correspondence
 from cove.encode import write_frames
-from cove.files import whole_file
+from cove.files import atomic_write
 from scripts.host import PromptFailed
 from tests.helpers import call, refused
 from tests.inversion_helpers import invert, same
@@ -352,7 +352,7 @@ def test_whole_file_does_not_write_through_a_planted_link(tmp_path):
     path.parent.mkdir()
     for link in (path.with_name(f".{path.name}.{os.getpid()}.tmp"), path):
         link.symlink_to(target)
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text("new")
     assert target.read_text() == "as it was" and path.read_text() == "new" and not path.is_symlink()
 

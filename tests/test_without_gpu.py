@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cove.attention import correspondence_attention, spatial_temporal_attention
 from cove.correspondence import find_correspondence
 from cove.features import resample
-from cove.injection import put_back
+from cove.injection import inject_features
 from cove.merging import merge_tokens
 from cove.refine import refine
 from cove.tokenflow import between_keyframes, nearest_tokens, propagate
@@ -118,4 +118,4 @@ def test_tokenflow():
 def test_features_and_injection():
     assert resample(cuda(FRAMES, CHANNELS, 5, 7), (10, 14)).device.type == "cuda"
     stored = torch.empty((FRAMES, CHANNELS, *GRID), dtype=torch.float16)  # what an inversion keeps lies on the CPU
-    assert put_back(cuda(2 * FRAMES, CHANNELS, *GRID), stored, 2).device.type == "cuda"
+    assert inject_features(cuda(2 * FRAMES, CHANNELS, *GRID), stored, 2).device.type == "cuda"

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 
-from cove.files import whole_file
+from cove.files import atomic_write
 
 from ..chance import HELD_OUT
 from ..drawing import COLOURS, GROUNDS, SHAPES, TEXTURES
@@ -105,7 +105,7 @@ def train(folder: Path) -> Classifier:
 def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     classifier = train(FOLDER)
-    with whole_file(FILE) as temporary:
+    with atomic_write(FILE) as temporary:
         save_file({name: value.half().contiguous() for name, value in classifier.state_dict().items()}, temporary)
     pictures, right = _examples(HELD_OUT, 500, None)
     scores = load_classifier()(pictures)

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from cove.files import whole_file
+from cove.files import atomic_write
 from demo.autoencoder import Autoencoder
 
 from .networks import Diffusion, Size, encode
@@ -77,7 +77,7 @@ def export(
         "tokenizer": tokenizer.to_str(),
         "steps": steps,
     }
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         save_file({name: half(value) for name, value in weights.items()}, temporary, {"cove_demo": json.dumps(facts)})
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Generator, Tensor, nn
 
-from cove.files import whole_file
+from cove.files import atomic_write
 from demo.autoencoder import LATENTS, PATCH, Autoencoder
 
 from ..chance import HELD_OUT
@@ -111,7 +111,7 @@ class Run:
             self.done = state["done"]
 
     def save(self) -> None:
-        with whole_file(self.path) as temporary:
+        with atomic_write(self.path) as temporary:
             torch.save({name: getattr(self, name).state_dict() for name in STATE} | {"done": self.done}, temporary)
 
     def generators(self) -> Iterator[Generator]:

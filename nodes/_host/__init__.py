@@ -8,7 +8,7 @@ from comfy_api.v0_0_2 import io
 from .attention import GuidedSelfAttention, guide_self_attention
 from .clip import check_same_space, image_embeddings, text_embedding
 from .demo import load_demo
-from .files import check_name, check_space, listed, path_of, place_to_save, saved_files, saving, state_of
+from .files import check_name, check_space, list_saved, listed, output_path, path_of, saving, state_of
 from .identity import check_fits, conditioning_of
 from .injection import KEY as INJECTION_KEY
 from .injection import inject, sites_of
@@ -26,9 +26,9 @@ from .sampling import (
     name_of,
     plain_conditioning,
     preview,
+    report_status,
     run,
     run_unet,
-    say,
 )
 from .start import sample_from_noise, sampling_sigmas, warn_of_start
 from .storage import STORAGES, store_features
@@ -72,22 +72,22 @@ __all__ = [
     "inject",
     "invert",
     "left_unfinished",
+    "list_saved",
     "listed",
     "load_demo",
     "name_of",
     "noise_of",
+    "output_path",
     "path_of",
-    "place_to_save",
     "plain_conditioning",
     "preview",
     "read_video",
+    "report_status",
     "run",
     "run_unet",
     "sample_from_noise",
     "sampling_sigmas",
-    "saved_files",
     "saving",
-    "say",
     "self_attention_levels",
     "sigmas_at",
     "sites_of",

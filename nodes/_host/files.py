@@ -133,7 +133,7 @@ def listed(root: str, folder: str = "", ending: str = "") -> list[tuple[str, boo
     return found
 
 
-def saved_files(ending: str) -> list[str]:
+def list_saved(ending: str) -> list[str]:
     """Files with this ending, newest first, as the host annotates them.
 
     Looks directly in the output and input folders and in the subfolder `cove` of each, and nowhere else: the list is
@@ -152,7 +152,7 @@ def saved_files(ending: str) -> list[str]:
 # --- writing ---
 
 
-def place_to_save(prefix: str, ending: str, node: str) -> Path:
+def output_path(prefix: str, ending: str, node: str) -> Path:
     """Return a new numbered name in ComfyUI's output folder, and make its folder."""
     root = folder_paths.get_output_directory()
     if _stays_inside(prefix):

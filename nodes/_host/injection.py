@@ -14,7 +14,7 @@ import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from torch import Tensor
 
-from ...cove.injection import ATTENTION, RESNET, Site, choose_blocks, put_back
+from ...cove.injection import ATTENTION, RESNET, Site, choose_blocks, inject_features
 from ...cove.inversion import SIGMA_TOLERANCE, Inversion
 from .frames import frames_in
 from .model import block_levels, grid_at, transformers_of, unet_of
@@ -64,50 +64,50 @@ def bytes_of(model, sites: tuple[Site, ...], size: tuple[int, int], node: str) -
     return numbers * (model.get_model_object("manual_cast_dtype") or model.model.get_dtype()).itemsize
 
 
-# --- taking and giving ---
+# --- capture and injection in the UNet ---
 
 
 Frames = tuple[int, ...] | None  # those of the clip that the UNet runs on; None: all
 
 
 @dataclass(eq=False)
-class Taking:
+class Capture:
     """Collects what stands at some sites when the UNet runs on the frames of a clip, or on windows of it."""
 
     sites: frozenset[str]
     node: str
-    taken: dict[Frames, dict[str, Tensor]] = field(default_factory=dict)
+    captured: dict[Frames, dict[str, Tensor]] = field(default_factory=dict)
     prompt: Any = None  # the uuid of the conditioning they were taken of
 
     def forget(self) -> None:
         """What was taken; the next pass of the UNet is of other latents."""
-        self.taken, self.prompt = {}, None
+        self.captured, self.prompt = {}, None
 
     def check(self, sigma: float) -> None:
         """An error when a site was not visited."""
-        if not self.taken or any(self.sites - taken.keys() for taken in self.taken.values()):
+        if not self.captured or any(self.sites - taken.keys() for taken in self.captured.values()):
             raise skipped(self.node, sigma)
 
     def of_clip(self, sigma: float) -> dict[str, Tensor]:
         """What was taken of the whole clip at once."""
         self.check(sigma)
-        if self.taken.keys() != {None}:
+        if self.captured.keys() != {None}:
             raise ValueError(
                 f"{self.node}: features cannot be stored with context windows, which run a frame several times. Remove "
                 f"the context windows from this model."
             )
-        return self.taken[None]
+        return self.captured[None]
 
-    def at(self, site: Site, value: Tensor, options: dict[str, Any]) -> Tensor:
+    def visit(self, site: Site, value: Tensor, options: dict[str, Any]) -> Tensor:
         if str(site) in self.sites:
             self.prompt = check_one_prompt(options, self.node, self.prompt)
             # The first pass is the source's. Guidance such as PAG runs the UNet again with something changed in it.
-            self.taken.setdefault(frames_in(options), {}).setdefault(str(site), value)
+            self.captured.setdefault(frames_in(options), {}).setdefault(str(site), value)
         return value
 
 
 @dataclass(frozen=True, eq=False)
-class Giving:
+class Inject:
     """Puts features of the source in the place of those of every conditioning.
 
     features: of the windows that will run, or of the whole clip; by the name of their site.
@@ -120,7 +120,7 @@ class Giving:
     node: str
     visits: Visits = field(default_factory=Visits)
 
-    def at(self, site: Site, value: Tensor, options: dict[str, Any]) -> Tensor:
+    def visit(self, site: Site, value: Tensor, options: dict[str, Any]) -> Tensor:
         if str(site) not in self.sites:
             return value
         features = self._of_frames(site, frames_in(options))
@@ -144,7 +144,7 @@ class Giving:
                 height, width = grid_at(area[:2], level)
                 part = part.narrow(rows, area[2] >> level, height).narrow(rows + 1, area[3] >> level, width)
             part = part.flatten(1, 2) if site.kind == ATTENTION else part
-            chunks.append(put_back(chunk, part, 1))
+            chunks.append(inject_features(chunk, part, 1))
         return torch.cat(chunks)
 
     def _of_frames(self, site: Site, frames: Frames) -> Tensor | None:
@@ -162,7 +162,7 @@ def _self_attention(query: Tensor, key: Tensor, value: Tensor, options: dict[str
     features = options.get(FEATURES)
     if features is None or options["block"][0] != "output":
         return query, key, value
-    given = features.at(Site(ATTENTION, options["block"][1], options["block_index"]), query, options)
+    given = features.visit(Site(ATTENTION, options["block"][1], options["block_index"]), query, options)
     return (query, key, value) if given is query else (given, given, value)
 
 
@@ -178,8 +178,8 @@ def _resnets(executor, x, timesteps=None, context=None, y=None, control=None, tr
         return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
 
 
-def _at_resnet(features: Taking | Giving, site: Site, options: dict[str, Any], module, args, output: Tensor) -> Tensor:
-    return features.at(site, output, options)
+def _at_resnet(features: Capture | Inject, site: Site, options: dict[str, Any], module, args, output: Tensor) -> Tensor:
+    return features.visit(site, output, options)
 
 
 def with_sites(model):
@@ -235,7 +235,7 @@ def inject(
     shares: Mapping[str, float],
     conditioning,
     node: str,
-    tell: Callable[..., None],
+    report: Callable[..., None],
 ):
     """Return a clone of MODEL that injects features of the inverted clip during the first sampling steps.
 
@@ -246,7 +246,7 @@ def inject(
     if model.get_wrappers(WRAPPERS.CALC_COND_BATCH, KEY):
         raise ValueError(f"{node}: expected a model without Feature Injection, got one with it. Take one of them off.")
     steps = {kind: inversion.schedule.share(share) for kind, share in shares.items()}
-    source = SourceBranch(inversion, conditioning, KEY, node, tell)
+    source = SourceBranch(inversion, conditioning, KEY, node, report)
     injection = _Injection(source, sites, steps, block_levels(unet))
     model = with_sites(model)
     source.load_with(model)
@@ -283,8 +283,8 @@ def _with_source(injection: _Injection, executor, guider, sigmas, extra_args, ca
     """Around a run: the source prompt, if it is needed, and a look at whether every evaluation comes."""
     injection.source.warn_of_start(guider, sigmas[0], noise, latent_image)
     evaluations = Evaluations(guider, injection.names_at, injection.source.node)
-    told = options_with(extra_args["model_options"], **{COMPUTED: _Computed(evaluations)})
-    extra_args = {**extra_args, "model_options": told}
+    published = options_with(extra_args["model_options"], **{COMPUTED: _Computed(evaluations)})
+    extra_args = {**extra_args, "model_options": published}
     source = injection.source.ready(guider, extra_args, noise) if injection.needs_source(sigmas) else None
     with source or nullcontext(extra_args) as extra_args:
         return executor(evaluations, sigmas, extra_args, callback, noise, latent_image, *args)
@@ -306,28 +306,28 @@ def _run_injected(injection: _Injection, executor, model, conds, x_in: Tensor, t
         if computed.step != step:
             computed.step, computed.features = step, {}
         if frames not in computed.features:
-            taking = Taking(frozenset(names), node)
-            injection.source.run(executor, model, step, x_in, timestep, model_options, **{FEATURES: taking})
-            taking.check(sigma)
-            computed.features[frames] = taking.taken
+            capture = Capture(frozenset(names), node)
+            injection.source.run(executor, model, step, x_in, timestep, model_options, **{FEATURES: capture})
+            capture.check(sigma)
+            computed.features[frames] = capture.captured
         features = computed.features[frames]
     else:
         features = {None: {name: stored[name] for name in names}}
-    giving = Giving(features, injection.levels, frozenset(names), node)
-    result = executor(model, conds, x_in, timestep, options_with(model_options, **{FEATURES: giving}))
-    giving.visits.check(names, conds, timestep, node)
+    injector = Inject(features, injection.levels, frozenset(names), node)
+    result = executor(model, conds, x_in, timestep, options_with(model_options, **{FEATURES: injector}))
+    injector.visits.check(names, conds, timestep, node)
     return result
 
 
-# --- taking during an inversion ---
+# --- capture for storing ---
 
 
 @contextmanager
-def taking_features(model_options: dict[str, Any], sites: tuple[Site, ...], node: str) -> Iterator[Taking]:
+def capturing_features(model_options: dict[str, Any], sites: tuple[Site, ...], node: str) -> Iterator[Capture]:
     """While the block runs, calls with these model_options take features."""
-    taking = Taking(frozenset(map(str, sites)), node)
-    model_options["transformer_options"][FEATURES] = taking
+    capture = Capture(frozenset(map(str, sites)), node)
+    model_options["transformer_options"][FEATURES] = capture
     try:
-        yield taking
+        yield capture
     finally:
         del model_options["transformer_options"][FEATURES]

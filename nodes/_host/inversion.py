@@ -38,11 +38,11 @@ def invert(
     refinements: int,
     *,
     node: str,
-    tell: Callable[..., None],
+    report: Callable[..., None],
 ) -> tuple[dict[str, Any], Inversion]:
     """Return the noise as a LATENT, and the inversion. Resumes the same inversion where it was interrupted before.
 
-    `tell` shows a line to the user, as `say` does: first what is kept of the run while it is unfinished.
+    `report` shows a line to the user, as `report_status` does: first what is kept of the run while it is unfinished.
     """
     sigmas = torch.cat((torch.zeros(1), sigmas_at(model, schedule.inversion, node)))
     remembered = Remembered(conditioning, model)
@@ -52,8 +52,8 @@ def invert(
     steps, count = unfinished.steps(), len(sigmas) - 1
     resumed = f"resuming after step {len(steps)} of {count}, where this inversion was interrupted; " if steps else ""
     kept, room = _make_room(unfinished, unfinished.size_of(count, latent["samples"].shape))
-    tell(f"{resumed}{room}")
-    recorder = _Recorder(refinements, unfinished if kept else None, steps, node, tell)
+    report(f"{resumed}{room}")
+    recorder = _Recorder(refinements, unfinished if kept else None, steps, node, report)
     patched = model.clone()
     if not is_compiled(patched):
         # Last, so that it is called inside of every other wrapper, and only when the UNet is.
@@ -120,7 +120,7 @@ class _Recorder:
     unfinished: UnfinishedInversion | None  # None when its steps are too large to be kept
     steps: list[dict[str, Tensor]]  # finished ones
     node: str
-    tell: Callable[..., None]
+    report: Callable[..., None]
     visits: Visits = field(default_factory=Visits)
 
     def visit(
@@ -162,7 +162,7 @@ class _Recorder:
         except OSError as error:
             logging.warning("%s: this step could not be kept for resuming: %s", self.node, error)
         line = f"step {taken.i + 1} of {count}: residual {taken.residual:.1e}"
-        self.tell(line + ", refining stopped" * taken.stopped, logging.DEBUG)
+        self.report(line + ", refining stopped" * taken.stopped, logging.DEBUG)
 
 
 _NUMBERS = {"residual": torch.float64, "stopped": torch.bool}

@@ -157,7 +157,7 @@ def name_of(node) -> str:
     return node.define_schema().display_name.removeprefix("COVE ")
 
 
-def say(node, text: str, level: int = logging.INFO) -> None:
+def report_status(node, text: str, level: int = logging.INFO) -> None:
     """Show a line on a node in the page, while it runs, and in the log. `node` is its class."""
     logging.log(level, "%s: %s", name_of(node), text)
     module = sys.modules.get("server")  # there when ComfyUI serves a page, and not where nodes are called by a script

@@ -27,16 +27,16 @@ FEATURES, ATTENTION, RUNNING = "cove_features", "cove_attention", "cove_source_r
 class SourceBranch:
     """What a node needs to run the source. Nothing in it changes in a run.
 
-    key: of the node's wrappers; the prompt made ready for a run is told under it.
+    key: of the node's wrappers; the prompt made ready for a run is published under it.
     conditioning: the source prompt; None when there is none.
-    tell: shows a line to the user, as `say` does.
+    report: shows a line to the user, as `report_status` does.
     """
 
     inversion: Inversion
     conditioning: list | None
     key: str
     node: str
-    tell: Callable[..., None]
+    report: Callable[..., None]
 
     def __deepcopy__(self, memo: dict) -> SourceBranch:
         """Itself: MODEL.clone() copies its options deeply, and an inversion is large."""
@@ -67,7 +67,7 @@ class SourceBranch:
         if not warnings and ends_here and (start - inverted).norm() > 0.05 * inverted.norm():
             warnings.append("sampling starts from other latents than the noise of this inversion")
         if warnings:
-            self.tell("; ".join(warnings), logging.WARNING)
+            self.report("; ".join(warnings), logging.WARNING)
 
     def check_prompt(self) -> None:
         """Raise when the source cannot run beside an edit: as `check_source_prompt`, or its prompt has hooks."""
@@ -86,8 +86,8 @@ class SourceBranch:
             # Inpainting models look at the latents for their size, as they did in the inversion.
             options = {"latent_image": self.inversion.clip.to(noise), "seed": extra_args.get("seed")}
             comfy.samplers.process_conds(guider.inner_model, noise, conds, noise.device, **options)
-            told = options_with(extra_args["model_options"], **{self.key: tuple(conds["positive"])})
-            yield {**extra_args, "model_options": told}
+            published = options_with(extra_args["model_options"], **{self.key: tuple(conds["positive"])})
+            yield {**extra_args, "model_options": published}
         finally:
             comfy.sampler_helpers.cleanup_models(conds, [])
 

@@ -55,17 +55,17 @@ def start_warnings(
     return warnings + ([differs] if differs else [])
 
 
-def warn_of_start(model, noise: dict[str, Any], sigma: Tensor, tell: Callable[..., None]) -> None:
+def warn_of_start(model, noise: dict[str, Any], sigma: Tensor, report: Callable[..., None]) -> None:
     """A warning before a run when a LATENT is no inverted noise, or that of a model that attends otherwise."""
     start = model.model.process_latent_in(noise["samples"].float())
     inverted = {"guidance": noise[GUIDANCE_KEY]} if GUIDANCE_KEY in noise else {}
     warnings = start_warnings(start, float(sigma), inverted, model.model_options)
     if warnings:
-        tell("; ".join(warnings), logging.WARNING)
+        report("; ".join(warnings), logging.WARNING)
 
 
-def sample_from_noise(tell: Callable[..., None], model, x: Tensor, sigmas: Tensor, *args, **kwargs) -> Tensor:
+def sample_from_noise(report: Callable[..., None], model, x: Tensor, sigmas: Tensor, *args, **kwargs) -> Tensor:
     """`cove.ddim.sample`, with a warning when it starts from clean latents."""
     if not is_noise(x, float(sigmas[0])):
-        tell(NEVER_INVERTED, logging.WARNING)
+        report(NEVER_INVERTED, logging.WARNING)
     return ddim.sample(model, x, sigmas, *args, **kwargs)

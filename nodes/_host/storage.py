@@ -35,14 +35,14 @@ def store_features(
     storage: str,
     conditioning,
     node: str,
-    tell: Callable[..., None],
+    report: Callable[..., None],
 ) -> Inversion:
     """Return the inversion with the source's features of the first `steps` sampling steps.
 
     Args:
         storage: MEMORY, or DISK: files in ComfyUI's temp folder.
         conditioning: the source prompt.
-        tell: shows a line on the node; first the size of the features.
+        report: shows a line on the node; first the size of the features.
 
     Raises:
         ValueError: they do not fit, nothing would be stored, or MODEL sees frames in windows.
@@ -51,19 +51,19 @@ def store_features(
     check_source_prompt(inversion, conditioning, node)
     differs = guidance_differs(inversion.about["guidance"], model.model_options, "stored")
     if differs:
-        tell(f"{differs}. Connect the model of DDIM Inversion", logging.WARNING)
-    tell(_size_line(model, inversion, sites, steps, storage, node))
+        report(f"{differs}. Connect the model of DDIM Inversion", logging.WARNING)
+    report(_size_line(model, inversion, sites, steps, storage, node))
     first = inversion.schedule.steps - steps
     features: dict[int, Mapping[str, Tensor]] = {}
 
     def collect(denoise, x: Tensor, sigmas: Tensor, extra_args: dict[str, Any], callback, disable) -> Tensor:
-        with injection.taking_features(extra_args["model_options"], sites, node) as taking:
+        with injection.capturing_features(extra_args["model_options"], sites, node) as capture:
             for i, step in enumerate(range(inversion.schedule.steps - 1, first - 1, -1)):
                 latents, sigma = inversion.latents[step].to(x), inversion.sigmas[step + 1]
-                taking.forget()
+                capture.forget()
                 denoised = denoise(latents, sigma.to(x).expand(len(x)), **extra_args)
                 with saving(node):
-                    features[step] = _keep(taking.of_clip(float(sigma)), storage)
+                    features[step] = _keep(capture.of_clip(float(sigma)), storage)
                 callback({"x": latents, "i": i, "sigma": sigma, "denoised": denoised})
         return x
 

@@ -226,7 +226,7 @@ def flow_tokens(
     seed: int,
     conditioning,
     node: str,
-    tell: Callable[..., None],
+    report: Callable[..., None],
 ):
     """A clone of MODEL in which frames take their self-attention from keyframes, by the fields of the source."""
     unet = unet_of(model, node)
@@ -234,7 +234,7 @@ def flow_tokens(
     places = {(*place, i) for place in levels for i, _ in enumerate(transformers_of(blocks[place]))}
     model = model.clone()
     check_slots(model.model_options, node)
-    source = SourceBranch(inversion, conditioning, KEY, node, tell)
+    source = SourceBranch(inversion, conditioning, KEY, node, report)
     flow = _Flow(source, every, blend_keyframes, seed, levels, frozenset(places))
     patches = dict.fromkeys(levels, FlowingSelfAttention())
     for block, patch in patches.items():
@@ -279,15 +279,15 @@ def _run_flowing(flow: _Flow, executor, model, conds, x_in: Tensor, timestep: Te
         return executor(model, conds, x_in, timestep, model_options)
     step = _Step(flow, flow.source.step_at(float(timestep[0])))
     options[EVALUATIONS].arrive()
-    told = {ATTENTION: partial(_find_fields, step)}
+    published = {ATTENTION: partial(_find_fields, step)}
     with step.visiting([options[KEY]], timestep, options):
-        flow.source.run(executor, model, step.number, x_in, timestep, model_options, **told)
+        flow.source.run(executor, model, step.number, x_in, timestep, model_options, **published)
     if flow.blend_keyframes:
         with step.visiting(conds, timestep, options):
             _run_keyframes(step, executor, model, conds, x_in, timestep, model_options)
-    told = {ATTENTION: partial(_propagate, step)}
+    published = {ATTENTION: partial(_propagate, step)}
     with step.visiting(conds, timestep, options):
-        return executor(model, conds, x_in, timestep, options_with(model_options, **told))
+        return executor(model, conds, x_in, timestep, options_with(model_options, **published))
 
 
 def _run_keyframes(step: _Step, executor, model, conds, x_in: Tensor, timestep: Tensor, model_options) -> None:
