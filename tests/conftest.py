@@ -196,3 +196,10 @@ def control(comfy, base, controlnets):
         return apply(conditioning, conditioning, net, hints, strength, 0.0, 1.0)[0]
 
     return controlled
+
+
+@pytest.fixture
+def found_from(nodes):
+    """Tokens, and whether the preset refines -> a wire of Correspondence."""
+    module = sys.modules[nodes["DiffusionFeatures"].__module__]
+    return lambda tokens, refine=False: module.Features(tokens, module.PRESETS["sharp" if refine else "paper"])

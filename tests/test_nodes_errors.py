@@ -156,10 +156,10 @@ def test_batch_cut_by_another_node(sd15, guide):
 
 
 @pytest.mark.parametrize(("window", "k", "wrong"), [(4, 3, ("odd", "got 4")), (3, 5, ("smallest", "4", "5"))])
-def test_window_and_k(nodes, window, k, wrong):
+def test_window_and_k(nodes, found_from, window, k, wrong):
     features = torch.randn(FRAMES, 5, 7, 11)
     with refused("Correspondence", *wrong):
-        call(nodes["Correspondence"], features=features, window=window, k=k)
+        call(nodes["Correspondence"], features=found_from(features), window=window, k=k)
 
 
 def test_latents_of_other_frames_or_size_than_the_correspondence(sd15, guide, correspondence, invert):

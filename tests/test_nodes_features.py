@@ -1,7 +1,5 @@
 """Diffusion Features in a real UNet: what is taken, where, and that nothing else changes it."""
 
-import sys
-
 import pytest
 import torch
 from torch.testing import assert_close
@@ -9,13 +7,6 @@ from torch.testing import assert_close
 from tests.helpers import FRAMES, HEIGHT, WIDTH, call, latents, prompt, run_stock, state_of, windowed
 
 PLAIN = {"preset": "paper", "level": 0}
-
-
-@pytest.fixture
-def found_from(nodes):
-    """Tokens, and whether the preset refines -> a wire of Correspondence."""
-    module = sys.modules[nodes["DiffusionFeatures"].__module__]
-    return lambda tokens, refine=False: module.Features(tokens, module.PRESETS["sharp" if refine else "paper"])
 
 
 @pytest.fixture
