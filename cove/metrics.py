@@ -82,13 +82,6 @@ def pck(places: Tensor, true: Tensor, visible: Tensor, radius: float) -> Tensor:
     return (right & visible).flatten(1).sum(1).double() / visible.flatten(1).sum(1)
 
 
-def overlap(found: Tensor, true: Tensor) -> float:
-    """Return the intersection over union of two bool masks of the same shape; 1 if both are empty."""
-    _check_alike(found, true)
-    union = (found | true).sum()
-    return float((found & true).sum() / union) if union else 1.0
-
-
 def colour_drift(frames: Tensor, places: Tensor, visible: Tensor) -> float:
     """Return how much points change colour along their tracks: root mean square deviation from the track's mean.
 

@@ -120,7 +120,7 @@ def invert(nodes, model, conditioning=None, latent=None, steps=3, **settings):
 
 
 def store(nodes, model, inversion, share=1.0, **settings):
-    """The inversion out of Store Features, in memory and of every step unless told otherwise."""
+    """The inversion out of Store Features, in memory and of every step by default."""
     return call(nodes["StoreFeatures"], model=model, inversion=inversion, share=share, **settings)[0]
 
 
@@ -137,13 +137,13 @@ def guide(nodes, model, latent=None, **settings):
 
 
 def inject(nodes, model, inversion, **settings):
-    """MODEL out of Feature Injection, in every step unless told otherwise."""
+    """MODEL out of Feature Injection, active in every step by default."""
     settings = {"resnet_share": 1.0, "attention_share": 1.0} | settings
     return call(nodes["FeatureInjection"], model=model, inversion=inversion, **settings)[0]
 
 
 def flow(nodes, model, inversion, every=2, **settings):
-    """MODEL out of TokenFlow, with a keyframe in every two frames unless told."""
+    """MODEL out of TokenFlow, with one keyframe in every two frames by default."""
     return call(nodes["TokenFlow"], model=model, inversion=inversion, every=every, **settings)[0]
 
 

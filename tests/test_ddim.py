@@ -219,7 +219,7 @@ def plain_inversion(model, x, sigmas, refinements, before=None):
 
 @pytest.mark.parametrize("refinements", [0, 1, 2, 3, 7])
 def test_what_the_model_and_the_callback_of_invert_get(refinements):
-    calls, told = [], []
+    calls, reported = [], []
 
     def model(x, sigma, **extra):
         assert extra == {"seed": 5} and sigma.shape == (3,) and not torch.is_grad_enabled()
@@ -227,12 +227,12 @@ def test_what_the_model_and_the_callback_of_invert_get(refinements):
         return nonlinear_3d(x, sigma)
 
     x = randn(3, 7, 11, dtype=torch.float64)
-    found = invert(model, x, UP.double(), refinements, {"seed": 5}, told.append, disable=True)
-    assert [t["i"] for t in told] == [0, 1, 2, 3] and [float(t["sigma"]) for t in told] == UP[1:].tolist()
-    assert torch.equal(told[-1]["x"], found)
+    found = invert(model, x, UP.double(), refinements, {"seed": 5}, reported.append, disable=True)
+    assert [t["i"] for t in reported] == [0, 1, 2, 3] and [float(t["sigma"]) for t in reported] == UP[1:].tolist()
+    assert torch.equal(reported[-1]["x"], found)
     expected = plain_inversion(nonlinear_3d, x, UP.double(), refinements)
     assert len(calls) <= 4 * (refinements + 1) and calls == sorted(calls)
-    for t, (latents, residual, stopped) in zip(told, expected, strict=True):
+    for t, (latents, residual, stopped) in zip(reported, expected, strict=True):
         assert_close(t["x"], latents)
         assert t["residual"] == pytest.approx(residual, rel=1e-6, abs=1e-12) and t["stopped"] == stopped
         assert t["denoised"].shape == x.shape
@@ -243,19 +243,19 @@ def nonlinear_3d(x, sigma):
 
 
 def test_what_the_model_and_the_callback_of_sample_get():
-    told = []
+    reported = []
 
     def model(x, sigma, **extra):
         assert extra == {"seed": 5} and sigma.shape == (3,) and not torch.is_grad_enabled()
         return gaussian(x, sigma)
 
     x, sigmas = randn(3, 7, 11, dtype=torch.float64), UP.double().flip(0)
-    found = sample(model, x, sigmas, {"seed": 5}, told.append, disable=True)
-    assert [t["i"] for t in told] == [0, 1, 2, 3] and torch.equal(told[0]["x"], x)
-    assert [float(t["sigma"]) for t in told] == [float(t["sigma_hat"]) for t in told] == sigmas[:-1].tolist()
-    for t in told:
+    found = sample(model, x, sigmas, {"seed": 5}, reported.append, disable=True)
+    assert [t["i"] for t in reported] == [0, 1, 2, 3] and torch.equal(reported[0]["x"], x)
+    assert [float(t["sigma"]) for t in reported] == [float(t["sigma_hat"]) for t in reported] == sigmas[:-1].tolist()
+    for t in reported:
         assert torch.equal(t["denoised"], gaussian(t["x"], t["sigma"].expand(3)))
-    assert_close(found, told[-1]["denoised"])  # the last step goes to sigma 0
+    assert_close(found, reported[-1]["denoised"])  # the last step goes to sigma 0
 
 
 # --- where refining diverges ---
@@ -274,15 +274,15 @@ def steep(x, sigma):
 
 @pytest.mark.parametrize("refinements", [1, 2, 3, 4, 7])
 def test_a_refinement_that_increases_the_residual_is_rejected(refinements):
-    told = list(inversion_steps(steep, START, GAP, refinements))
-    assert [t.stopped for t in told] == [i == GAP_STEP for i in range(5)]
-    before, found = told[GAP_STEP - 1], told[GAP_STEP]
+    reported = list(inversion_steps(steep, START, GAP, refinements))
+    assert [t.stopped for t in reported] == [i == GAP_STEP for i in range(5)]
+    before, found = reported[GAP_STEP - 1], reported[GAP_STEP]
     sigma, sigma_next = GAP[GAP_STEP], GAP[GAP_STEP + 1]
-    guess = before.x + (sigma_next - sigma) * (before.x - told[0].x) / (sigma - GAP[1])
+    guess = before.x + (sigma_next - sigma) * (before.x - reported[0].x) / (sigma - GAP[1])
     assert_close(found.x, guess)  # the point at which the model was evaluated, and whose residual is known
     back = found.x + (sigma - sigma_next) * (found.x - steep(found.x, sigma_next.expand(3))) / sigma_next
     assert found.residual == pytest.approx(float((back - before.x).norm() / found.x.norm()))
-    assert torch.isfinite(told[-1].x).all()
+    assert torch.isfinite(reported[-1].x).all()
 
 
 def test_refining_stops_evaluating_when_it_diverges():

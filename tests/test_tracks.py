@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from cove.correspondence import find_correspondence
-from cove.metrics import colour_drift, overlap, pck, warping_error
+from cove.metrics import colour_drift, pck, warping_error
 from cove.tracks import look_up, tracks_of
 from tests.method_helpers import randn
 
@@ -150,12 +150,3 @@ def test_tracks_and_flow_of_another_shape_are_refused():
         pck(STILL, STILL, ALL.float(), 1)
     with pytest.raises(ValueError, match=r"expected flow \[4, 7, 11, 2\]"):
         warping_error(randn(FRAMES, HEIGHT, WIDTH, CHANNELS), STILL, ALL)
-
-
-def test_overlap_of_masks():
-    """Two rectangles of 3x5 and 2x4 that share 2x3."""
-    one, other = torch.zeros(2, 7, 11, dtype=torch.bool)
-    one[1:4, 2:7], other[2:4, 4:8] = True, True
-    assert overlap(one, other) == overlap(other, one) == pytest.approx(6 / (15 + 8 - 6))
-    assert overlap(one, one) == 1 and overlap(one, ~one) == 0
-    assert overlap(torch.zeros_like(one), torch.zeros_like(one)) == 1

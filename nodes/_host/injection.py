@@ -88,7 +88,7 @@ class Capture:
         if not self.captured or any(self.sites - taken.keys() for taken in self.captured.values()):
             raise skipped(self.node, sigma)
 
-    def of_clip(self, sigma: float) -> dict[str, Tensor]:
+    def whole_clip(self, sigma: float) -> dict[str, Tensor]:
         """What was taken of the whole clip at once."""
         self.check(sigma)
         if self.captured.keys() != {None}:

@@ -168,7 +168,7 @@ def report_status(node, text: str, level: int = logging.INFO) -> None:
 def is_noise(x: Tensor, sigma: float) -> bool:
     """Whether latents, as the model sees them, are as large as noise of this level over a clip is.
 
-    Clean latents have a spread near 1. Near that level and below it they cannot be told from noise: True.
+    Clean latents have a standard deviation near 1. At and below that noise level both look alike: True.
     """
     return sigma < 1 or not float(x.float().std()) < 0.6 * math.hypot(1, sigma)
 

@@ -63,7 +63,7 @@ def store_features(
                 capture.forget()
                 denoised = denoise(latents, sigma.to(x).expand(len(x)), **extra_args)
                 with saving(node):
-                    features[step] = _keep(capture.of_clip(float(sigma)), storage)
+                    features[step] = _keep(capture.whole_clip(float(sigma)), storage)
                 callback({"x": latents, "i": i, "sigma": sigma, "denoised": denoised})
         return x
 
