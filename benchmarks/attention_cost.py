@@ -42,8 +42,9 @@ class Step:
 
         from benchmarks.random_model import CONTEXT, FINEST, load
         from cove.correspondence import find_correspondence
+        from scripts.in_process import call
 
-        model, self.host = load(host, arguments.family, arguments.dtype)
+        model, nodes, self.host = load(host, arguments.family, arguments.dtype)
         generator = torch.Generator().manual_seed(1)
         width, height = (side // 8 for side in map(int, arguments.size.split("x")))
         grid = (height // FINEST[arguments.family], width // FINEST[arguments.family])
@@ -52,11 +53,14 @@ class Step:
         channels, pooled = CONTEXT[arguments.family]
         vector = {"pooled_output": torch.randn(1, pooled, generator=generator)} if pooled else {}
         self.text = [[torch.randn(1, 77, channels, generator=generator), vector]]
-        self.sigmas = self.host.sigmas_at(model, [481], "benchmark")
+        self.sigmas = self.host.unet.sigmas_at(model, [481])
         self.models = {
-            name: self.host.guide_self_attention(
-                model, None if ratio is None else matches, ratio or 0.0, True, 0.0, 1.0, node="benchmark"
-            )
+            name: call(
+                nodes["CorrespondenceAttention"],
+                model=model,
+                correspondence=None if ratio is None else matches,
+                merge_ratio=ratio or 0.0,
+            )[0]
             for name, ratio in VARIANTS.items()
         }
 
@@ -66,7 +70,7 @@ class Step:
 
         seconds = 0.0
 
-        def call(model, x, sigmas, extra_args, callback, disable):
+        def evaluate(model, x, sigmas, extra_args, callback, disable):
             nonlocal seconds
             start = time.perf_counter()
             model(x, sigmas[0].expand(len(x)), **extra_args)
@@ -76,9 +80,8 @@ class Step:
             return x
 
         with torch.inference_mode():
-            self.host.run(
-                self.models[variant], call, self.latent, self.sigmas, self.text, self.text, 7.5, node="benchmark"
-            )
+            prompts = (self.text, self.text, 7.5)
+            self.host.run.run_sampler(self.models[variant], evaluate, self.latent, self.sigmas, *prompts)
         return seconds
 
 

@@ -31,15 +31,15 @@ def run(variant: str, frames: int, width: int, height: int, latents: Path) -> No
     from benchmarks.memory import working_memory
     from benchmarks.random_model import load
     from cove.correspondence import find_correspondence
+    from scripts.in_process import call
 
-    model, _host = load(host)
-    nodes = {node.__name__: node for file in sys.modules["pack.nodes"].FILES for node in file.NODES}
+    model, nodes, _ = load(host)
     generator = torch.Generator().manual_seed(1)
     size = (height // 8, width // 8)
     matches = find_correspondence(torch.randn(frames, *size, 32, generator=generator))
     latent = {"samples": torch.randn(frames, 4, *size, generator=generator)}
     source, edit = ([[torch.randn(1, 77, 768, generator=generator), {}]] for _ in range(2))
-    model = _host.guide_self_attention(model, matches, 0.5, True, 0.0, 1.0, node="benchmark")
+    (model,) = call(nodes["CorrespondenceAttention"], model=model, correspondence=matches)
     with torch.inference_mode():
         start = time.perf_counter()
         noise, inversion = nodes["DDIMInversion"].execute(model, source, latent, STEPS, 1, 1).args

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from scripts.in_process import start
+from scripts.in_process import nodes_of, start
 
 SHARED = {"image_size": 32, "in_channels": 4, "out_channels": 4, "use_spatial_transformer": True, "legacy": False}
 SHAPES = {
@@ -36,14 +36,14 @@ FINEST = {"sd15": 1, "sdxl": 2}  # latents a side of a token of the finest self-
 
 
 def load(host: Path, family: str = "sd15", dtype: str = "float32", **changes):
-    """Return the MODEL and the pack's `nodes._host`.
+    """Return the MODEL, the pack's nodes by id without the leading Cove, and its `nodes.host`.
 
     Args:
         family: one of `SHAPES`.
         dtype: of weights and computation.
         changes: to the shape, for a smaller model.
     """
-    start(host)
+    nodes = nodes_of(start(host))
     import comfy.model_management
     import comfy.model_patcher
     import comfy.supported_models
@@ -60,4 +60,5 @@ def load(host: Path, family: str = "sd15", dtype: str = "float32", **changes):
         for weight in model.parameters():
             fan_in = max(1, weight[0].numel()) if weight.ndim > 1 else 10_000
             weight.copy_(torch.randn(weight.shape, generator=generator, device=weight.device) / fan_in**0.5)
-    return comfy.model_patcher.ModelPatcher(model, device, torch.device("cpu")), sys.modules["pack.nodes._host"]
+    patcher = comfy.model_patcher.ModelPatcher(model, device, torch.device("cpu"))
+    return patcher, nodes, sys.modules["pack.nodes.host"]

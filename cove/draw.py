@@ -1,4 +1,4 @@
-"""Matches and tracks drawn on frames, to inspect a correspondence.
+"""Matches and tracks drawn on frames, and curves of measurements, as pictures.
 
 Images are [frames, height, width, 3] float in 0..1 and are never changed in place. Places are (x, y) in pixels from the
 upper left corner of the picture, so the centre of the first pixel is (0.5, 0.5).
@@ -19,6 +19,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from .correspondence import Correspondence
+    from .metrics import Columns
 
 Color = tuple[float, float, float]
 Point = tuple[float, float]
@@ -177,3 +178,48 @@ def _draw_line(image: Tensor, a: Point, b: Point, radius: float, color: Color) -
     coverage = (radius + 0.5 - distance).clamp(0, 1)[..., None].to(image.dtype)
     patch = image[top:bottom, left:right]
     patch.lerp_(image.new_tensor(color).expand_as(patch), coverage.expand_as(patch))
+
+
+# --- curves ---
+
+
+def plot_edit(columns: Columns) -> Tensor:
+    """Plot the columns of `metrics.measure_edit`, and those whose names begin with CLIP, as a picture; see `plot`."""
+    panels = {
+        "Difference to the next frame, motion taken out": {
+            "edited": columns["warping error"],
+            "source": columns["of the source"],
+        },
+        "PSNR to the source, dB": {"edited": columns["PSNR"]},
+    }
+    similarities = {name: values for name, values in columns.items() if name.startswith("CLIP")}
+    return plot(panels | ({"CLIP similarity": similarities} if similarities else {}))
+
+
+def plot(panels: dict[str, Columns]) -> Tensor:
+    """Plot curves over the frames, one panel below another. Needs matplotlib.
+
+    Args:
+        panels: title -> name of a curve -> one number a frame.
+
+    Returns:
+        A picture, [1, height, width, 3] from 0 to 1.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 2.2 * len(panels)), dpi=100, layout="constrained")
+    for axes, (title, curves) in zip(
+        figure.subplots(len(panels), squeeze=False, sharex=True)[:, 0], panels.items(), strict=True
+    ):
+        for name, values in curves.items():
+            axes.plot(range(len(values)), values, marker="o", markersize=3, label=name)
+        axes.set_title(title, fontsize=10)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(fontsize=8)
+    axes.set_xlabel("frame")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    width, height = canvas.get_width_height()
+    pixels = torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8)
+    return pixels.view(1, height, width, 4)[..., :3].float() / 255

@@ -1,7 +1,7 @@
 """Diffusion features: noise level, average over draws, token grid, picture.
 
 COVE (arXiv 2406.08850), section 3.2, Eq. 4; DIFT (arXiv 2306.03881). Where in a UNet the feature is taken is the
-host's business (`nodes/_host/model.py`).
+host's business (`nodes/host/unet.py`).
 """
 
 from __future__ import annotations

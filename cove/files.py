@@ -1,14 +1,15 @@
-"""Atomic file writes."""
+"""Atomic file writes, and tensors that stay on disk."""
 
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
@@ -36,3 +37,18 @@ def save_tensors(
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
     except SafetensorError as error:
         raise OSError(f"{path} could not be written: {error}") from error
+
+
+def on_disk(tensors: Mapping[str, Tensor], folder: str | os.PathLike) -> dict[str, Tensor]:
+    """Return copies of tensors that are mapped into memory from a file in `folder`.
+
+    The file has lost its name by the time this returns and is gone with the tensors, even after a kill; on Windows,
+    where a mapped file cannot lose its name, it stays until somebody clears the folder.
+    """
+    path = Path(folder) / f"{uuid.uuid4().hex}.safetensors"
+    try:
+        save_tensors(tensors, path)
+        return load_file(path)
+    finally:
+        with suppress(OSError):
+            path.unlink()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io
 
-from . import _host
+from . import host
 
 ALL_FRAMES, OWN_FRAME = "all frames", "own frame"
 
@@ -62,7 +62,7 @@ class CorrespondenceAttention(io.ComfyNode):
                     tooltip="Puts the token itself among its matches: it keeps more of its own (FLATTEN). The paper "
                     "leaves it out.",
                 ),
-                _host.CorrespondenceType.Input(
+                host.types.Correspondence.Input(
                     "correspondence",
                     optional=True,
                     tooltip="Of the same frames, at the same size. Without it, tokens see all frames but are not "
@@ -73,20 +73,13 @@ class CorrespondenceAttention(io.ComfyNode):
         )
 
     @classmethod
+    @host.errors.named
     def execute(
         cls, model, merge_ratio, spatial_temporal, start_percent, end_percent, include_self, correspondence=None
     ) -> io.NodeOutput:
-        patched = _host.guide_self_attention(
-            model,
-            correspondence,
-            merge_ratio,
-            spatial_temporal == ALL_FRAMES,
-            start_percent,
-            end_percent,
-            include_self,
-            node="Correspondence Attention",
-        )
-        return io.NodeOutput(patched)
+        all_frames = spatial_temporal == ALL_FRAMES
+        settings = (merge_ratio, all_frames, start_percent, end_percent, include_self)
+        return io.NodeOutput(host.attention.guide_self_attention(model, correspondence, *settings, cls))
 
 
 NODES = [CorrespondenceAttention]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import comfy.model_management
-import comfy.utils
 from comfy_api.v0_0_2 import io
 
 from ..cove.correspondence import Correspondence, find_correspondence
 from ..cove.refine import refine as refined
-from . import _host
+from . import host
 
 ENDING = ".correspondence.safetensors"
 PRESET = "preset"
@@ -26,7 +25,7 @@ class FindCorrespondence(io.ComfyNode):
             description="Finds, for every token of every frame, the most similar tokens nearby in the frames before "
             "and after. Once a clip; edits with other prompts use the same one.",
             inputs=[
-                _host.FeaturesType.Input("features", tooltip="From Diffusion Features."),
+                host.types.Features.Input("features", tooltip="From Diffusion Features."),
                 io.Int.Input(
                     "window",
                     default=9,
@@ -53,25 +52,17 @@ class FindCorrespondence(io.ComfyNode):
                     "only, as in the paper.",
                 ),
             ],
-            outputs=[_host.CorrespondenceType.Output(display_name="correspondence")],
+            outputs=[host.types.Correspondence.Output(display_name="correspondence")],
         )
 
     @classmethod
+    @host.errors.named
     def execute(cls, features, window, k, refine) -> io.NodeOutput:
         tokens, refine = features.tokens, features.preset.refine if refine == PRESET else refine == "on"
         pairs = len(tokens) - 1
-        bar = comfy.utils.ProgressBar(max(1, pairs + (len(tokens) if refine else 0)))
-
-        def progress(done: int, _total: int) -> None:
-            bar.update_absolute(done)
-            comfy.model_management.throw_exception_if_processing_interrupted()
-
-        device = comfy.model_management.get_torch_device()
-        try:
-            tokens = tokens.to(device)
-            found = find_correspondence(tokens, window, k, progress)
-        except ValueError as error:
-            raise ValueError(f"Correspondence: {error}") from error
+        progress = host.status.progress_bar(pairs + (len(tokens) if refine else 0))
+        tokens = tokens.to(comfy.model_management.get_torch_device())
+        found = find_correspondence(tokens, window, k, progress)
         if refine:
             found = refined(found, tokens, lambda done, total: progress(pairs + done, total))
         return io.NodeOutput(found.to(comfy.model_management.intermediate_device()))
@@ -88,7 +79,7 @@ class SaveCorrespondence(io.ComfyNode):
             category="COVE/load",
             description="Saves a correspondence to ComfyUI's output folder.",
             inputs=[
-                _host.CorrespondenceType.Input("correspondence", tooltip="From Correspondence."),
+                host.types.Correspondence.Input("correspondence", tooltip="From Correspondence."),
                 io.String.Input(
                     "filename_prefix",
                     default="cove/clip",
@@ -101,11 +92,12 @@ class SaveCorrespondence(io.ComfyNode):
         )
 
     @classmethod
+    @host.errors.named
     def execute(cls, correspondence, filename_prefix) -> io.NodeOutput:
-        path = _host.output_path(filename_prefix, ENDING, "Save Correspondence")
-        with _host.saving("Save Correspondence"):
+        path = host.files.output_path(filename_prefix, ENDING)
+        with host.files.saving():
             correspondence.save(path)
-        _host.report_status(cls, f"saved as {path.name}, {path.stat().st_size / 2**20:.1f} MiB")
+        host.status.report_status(cls, f"saved as {path.name}, {host.status.format_bytes(path.stat().st_size)}")
         return io.NodeOutput()
 
 
@@ -122,29 +114,26 @@ class LoadCorrespondence(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=_host.list_saved(ENDING),
+                    options=host.files.list_saved(ENDING),
                     tooltip="A saved correspondence, newest first. Lists ComfyUI's output and input folders and the "
                     "subfolder `cove` of each.",
                 ),
             ],
-            outputs=[_host.CorrespondenceType.Output(display_name="correspondence")],
+            outputs=[host.types.Correspondence.Output(display_name="correspondence")],
         )
 
     @classmethod
     def validate_inputs(cls, file=None) -> bool | str:
-        return _host.check_name(file, "Load Correspondence")
+        return host.files.check_name(file, cls)
 
     @classmethod
     def fingerprint_inputs(cls, file=None, **others) -> str:
-        return _host.state_of(file)
+        return host.files.state_of(file)
 
     @classmethod
+    @host.errors.named
     def execute(cls, file) -> io.NodeOutput:
-        path = _host.path_of(file, "Load Correspondence")
-        try:
-            return io.NodeOutput(Correspondence.load(path))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"Load Correspondence: {error}") from error
+        return io.NodeOutput(Correspondence.load(host.files.path_of(file)))
 
 
 NODES = [FindCorrespondence, SaveCorrespondence, LoadCorrespondence]

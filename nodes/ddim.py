@@ -9,7 +9,7 @@ from comfy_api.v0_0_2 import io
 
 from ..cove import ddim
 from ..cove.schedule import MAX_STEPS, Schedule
-from . import _host
+from . import host
 
 NOISE_TOOLTIP = "From DDIM Inversion or Load Inversion. Its schedule sets the number of steps."
 
@@ -56,29 +56,22 @@ class DDIMInversion(io.ComfyNode):
             ],
             outputs=[
                 io.Latent.Output(display_name="noise"),
-                _host.InversionType.Output(display_name="inversion", tooltip="For Feature Injection, and to save."),
+                host.types.Inversion.Output(display_name="inversion", tooltip="For Feature Injection, and to save."),
             ],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
+    @host.errors.named
     def execute(cls, model, conditioning, latent, steps, multiple, refinements) -> io.NodeOutput:
-        node = "DDIM Inversion"
-        _host.unet_of(model, node)
-        _host.check_without(model, _host.INJECTION_KEY, "Feature Injection", node)
-        _host.check_without(model, _host.TOKENFLOW_KEY, "TokenFlow", node)
-        _host.check_no_step_cache(model.wrappers, node)
-        try:
-            schedule = Schedule(steps, multiple)
-        except ValueError as error:
-            raise ValueError(f"{node}: {error}") from error
-        _host.check_channels(model, latent["samples"], node)
-        _host.check_unmasked(latent, node)
-        _host.check_conditioning(conditioning, latent, node)
-        report = partial(_host.report_status, cls)
-        noise, inversion = _host.invert(model, conditioning, latent, schedule, refinements, node=node, report=report)
-        report("; ".join([inversion.quality(), *_host.left_unfinished()]))
-        return io.NodeOutput(noise, inversion)
+        host.unet.unet_of(model)
+        host.checks.check_without(model, host.options.INJECTION, host.options.TOKENFLOW)
+        host.checks.check_no_step_cache(model.wrappers)
+        schedule = Schedule(steps, multiple)
+        host.checks.check_channels(model, latent["samples"])
+        host.checks.check_unmasked(latent)
+        host.checks.check_conditioning(conditioning, len(latent["samples"]))
+        return io.NodeOutput(*host.inversion.invert(model, conditioning, latent, schedule, refinements, cls))
 
 
 class DDIMSampler(io.ComfyNode):
@@ -112,15 +105,13 @@ class DDIMSampler(io.ComfyNode):
         )
 
     @classmethod
+    @host.errors.named
     def execute(cls, model, positive, negative, noise, cfg) -> io.NodeOutput:
-        node = "DDIM Sampler"
-        _host.unet_of(model, node)
-        sigmas = _host.sampling_sigmas(model, noise, node)
-        _host.check_conditioning([*positive, *negative], noise, node)
-        _host.check_channels(model, noise["samples"], node)
-        _host.warn_of_start(model, noise, sigmas[0], partial(_host.report_status, cls))
-        options = {"node": node, "callback": _host.preview(model, len(sigmas) - 1)}
-        return io.NodeOutput(_host.run(model, ddim.sample, noise, sigmas, positive, negative, cfg, **options))
+        sigmas = _sigmas(cls, model, noise)
+        host.checks.check_conditioning([*positive, *negative], len(noise["samples"]))
+        preview = host.status.preview(model, len(sigmas) - 1)
+        prompts = {"positive": positive, "negative": negative, "cfg": cfg}
+        return io.NodeOutput(host.run.run_sampler(model, ddim.sample, noise, sigmas, **prompts, callback=preview))
 
 
 class DDIMSamplerSelect(io.ComfyNode):
@@ -143,14 +134,19 @@ class DDIMSamplerSelect(io.ComfyNode):
         )
 
     @classmethod
+    @host.errors.named
     def execute(cls, model, noise) -> io.NodeOutput:
-        node = "DDIM Sampler (for SamplerCustomAdvanced)"
-        _host.unet_of(model, node)
-        sigmas = _host.sampling_sigmas(model, noise, node)
-        _host.check_channels(model, noise["samples"], node)
-        report = partial(_host.report_status, cls)
-        _host.warn_of_start(model, noise, sigmas[0], report)
-        return io.NodeOutput(KSAMPLER(partial(_host.sample_from_noise, report)), sigmas)
+        sigmas = _sigmas(cls, model, noise)
+        return io.NodeOutput(KSAMPLER(partial(host.noise.sample_from_noise, cls)), sigmas)
+
+
+def _sigmas(node, model, noise):
+    """Return the sigmas of sampling, descending, after checking that MODEL can sample from the noise."""
+    host.unet.unet_of(model)
+    sigmas = host.noise.sampling_sigmas(model, noise)
+    host.checks.check_channels(model, noise["samples"])
+    host.noise.warn_of_start(model, noise, sigmas[0], node)
+    return sigmas
 
 
 NODES = [DDIMInversion, DDIMSampler, DDIMSamplerSelect]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io, ui
 
 from ..cove import draw
-from ._host import CorrespondenceType
+from . import host
 
 
 class ShowCorrespondence(io.ComfyNode):
@@ -25,7 +25,7 @@ class ShowCorrespondence(io.ComfyNode):
                 io.Image.Input(
                     "images", tooltip="The frames the correspondence was found in. More pixels, finer drawing."
                 ),
-                CorrespondenceType.Input("correspondence", tooltip="More matches (its k) draw more discs a point."),
+                host.types.Correspondence.Input("correspondence", tooltip="A larger k draws more discs per point."),
                 io.String.Input(
                     "points",
                     default="",
@@ -65,14 +65,12 @@ class ShowCorrespondence(io.ComfyNode):
         )
 
     @classmethod
+    @host.errors.named
     def execute(cls, images, correspondence, points, frame, columns, style) -> io.NodeOutput:
-        try:
-            places = _parse_points(points) or draw.grid_points(*images.shape[1:3])
-            drawing = {"matches": draw.draw_matches, "tracks": draw.draw_tracks}[style]
-            drawn = drawing(images[..., :3], correspondence, places, frame)
-            sheet = draw.contact_sheet(drawn, columns)
-        except ValueError as error:
-            raise ValueError(f"Show Correspondence: {error}") from error
+        places = _parse_points(points) or draw.grid_points(*images.shape[1:3])
+        drawing = {"matches": draw.draw_matches, "tracks": draw.draw_tracks}[style]
+        drawn = drawing(images[..., :3], correspondence, places, frame)
+        sheet = draw.contact_sheet(drawn, columns)
         return io.NodeOutput(drawn, sheet, ui=ui.PreviewImage(sheet, cls=cls))
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import comfy.model_management
-import comfy.utils
 import torch
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
 from ..cove import features
-from . import _host
+from . import host
 
 PAPER, SHARP = "paper", "sharp"
 
@@ -116,7 +115,7 @@ class DiffusionFeatures(io.ComfyNode):
                 ),
             ],
             outputs=[
-                _host.FeaturesType.Output(display_name="features"),
+                host.types.Features.Output(display_name="features"),
                 io.Image.Output(
                     display_name="picture",
                     tooltip="Principal components as RGB; similar colours mean similar features.",
@@ -125,52 +124,46 @@ class DiffusionFeatures(io.ComfyNode):
         )
 
     @classmethod
+    @host.errors.named
     def execute(
         cls, model, latent, preset, timestep, level, ensemble, attention_level, batch_size, seed, conditioning=None
     ) -> io.NodeOutput:
-        node = "Diffusion Features"
         preset = PRESETS[preset]
         timestep, ensemble = timestep or preset.timestep, ensemble or preset.ensemble
         level = preset.level if level < 0 else level
-        unet = _host.unet_of(model, node)
-        _host.check_without(model, _host.ATTENTION_KEY, "Correspondence Attention", node)
-        _host.check_without(model, _host.INJECTION_KEY, "Feature Injection", node)
-        _host.check_without(model, _host.TOKENFLOW_KEY, "TokenFlow", node)
-        _host.check_not_compiled(model, node)
-        _host.check_no_motion_modules(model, node)
-        _host.check_no_step_cache(model.wrappers, node)
-        layer = _host.decoder_level_end(unet, level, node)
-        grids = sorted(set(_host.self_attention_levels(unet).values()))
+        unet = host.unet.unet_of(model)
+        host.checks.check_without(model, *host.checks.NODES)
+        host.checks.check_not_compiled(model)
+        host.checks.check_no_motion_modules(model)
+        host.checks.check_no_step_cache(model.wrappers)
+        layer = host.unet.decoder_level_end(unet, level)
+        grids = sorted(set(host.unet.self_attention_levels(unet).values()))
         if attention_level >= len(grids):
-            raise ValueError(f"{node}: `attention_level` must be 0 to {len(grids) - 1} for this model")
+            raise ValueError(f"`attention_level` must be 0 to {len(grids) - 1} for this model, got {attention_level}")
         size = tuple(latent["samples"].shape[-2:])
-        bar = comfy.utils.ProgressBar(1)
+        progress = host.status.progress_bar()
         found: list[Tensor] = []
-
-        def progress(done: int, total: int) -> None:
-            bar.update_absolute(done, total)
-            comfy.model_management.throw_exception_if_processing_interrupted()
 
         def probe(denoise, x, sigmas, extra_args, callback, disable):
             def decode(noisy: Tensor, frames: range) -> Tensor:
-                with _host.captured(layer) as outputs:
-                    _host.run_unet(denoise, noisy, frames, sigmas[0], extra_args["model_options"])
+                with host.unet.captured(layer) as outputs:
+                    host.run.run_unet(denoise, noisy, frames, sigmas[0], extra_args["model_options"])
                 if not outputs:
-                    raise _host.skipped(node, float(sigmas[0]))
+                    raise host.checks.skipped(float(sigmas[0]), cls)
                 if len(outputs) != 1:
-                    raise RuntimeError(f"{node}: the UNet's decoder ran {len(outputs)} times, expected once")
+                    raise ValueError(f"expected one run of the UNet's decoder, got {len(outputs)}.")
                 return outputs[0]
 
-            grid = _host.grid_at(size, grids[attention_level])
+            grid = host.unet.grid_at(size, grids[attention_level])
             found.append(features.diffusion_features(decode, x, sigmas[0], grid, ensemble, batch_size, seed, progress))
             return x
 
-        sigmas = _host.sigmas_at(model, [timestep], node)
-        source = _host.plain_conditioning(model, conditioning)
-        _host.check_conditioning(source, latent, node)
-        _host.run(model, probe, latent, sigmas, source, node=node)
+        sigmas = host.unet.sigmas_at(model, [timestep])
+        source = host.run.plain_conditioning(model, conditioning)
+        host.checks.check_conditioning(source, len(latent["samples"]))
+        host.run.run_sampler(model, probe, latent, sigmas, source)
         result = found[0].to(comfy.model_management.intermediate_device())
-        _host.check_finite(result, "features", node)
+        host.checks.check_finite(result, "features")
         picture = features.feature_picture(result).movedim(-1, 1)
         picture = torch.nn.functional.interpolate(picture, (size[0] * 8, size[1] * 8), mode="nearest")
         return io.NodeOutput(Features(result, preset), picture.movedim(1, -1))

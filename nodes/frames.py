@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from math import inf
 from pathlib import Path
+from typing import Any
 
-import comfy.model_management
-import comfy.utils
 import folder_paths
+import torch
+from comfy_api.input_impl import VideoFromFile
 from comfy_api.v0_0_2 import io
 from comfy_execution.validation import validate_node_input
 
 from ..cove import frames
+from ..cove.audio import Audio
 from ..cove.convert import FITS
 from ..cove.decode import is_animated_png, is_animated_webp
-from . import _host
+from . import host
 
 MAX_SIZE = 16384
 
@@ -118,41 +122,60 @@ class LoadFrames(io.ComfyNode):
             connected = (input_types or {}).get(slot.id)
             if connected is not None and not validate_node_input(connected, slot.get_io_type()):
                 return f"Load Frames: {connected} is connected to {slot.id}; expected {slot.get_io_type()}."
-        return "video" in (input_types or {}) or _host.check_name(file, "Load Frames", folders=True)
+        return "video" in (input_types or {}) or host.files.check_name(file, cls, folders=True)
 
     @classmethod
     def fingerprint_inputs(cls, file=None, **others) -> str:
-        return _host.state_of(file, frames.image_files)
+        return host.files.state_of(file, frames.image_files)
 
     @classmethod
+    @host.errors.named
     def execute(cls, file, start, count, stride, width, height, fit, video=None) -> io.NodeOutput:
-        path = _host.path_of(file, "Load Frames", folders=True) if video is None else None
-        bar = comfy.utils.ProgressBar(1)
-
-        def progress(done: int, total: int) -> None:
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            bar.update_absolute(done, total)
-
+        progress = host.status.progress_bar()
         settings = {"start": start, "count": count, "stride": stride, "width": width, "height": height, "fit": fit}
-        try:
-            if video is None:
-                clip = frames.read_frames(path, **settings, progress=progress)
-            else:
-                clip = _host.read_video(video, settings, progress)
-        except ValueError as error:
-            raise ValueError(f"Load Frames: {error}") from error
+        if video is None:
+            clip = frames.read_frames(host.files.path_of(file, folders=True), **settings, progress=progress)
+        else:
+            clip = _read_video(video, settings, progress)
         for note in clip.notes:
-            _host.report_status(cls, note)
+            host.status.report_status(cls, note)
         audio = clip.audio and {"waveform": clip.audio.samples[None], "sample_rate": clip.audio.rate}
         return io.NodeOutput(clip.images, clip.fps, len(clip.images), clip.mask, audio)
+
+
+def _read_video(video: Any, settings: dict[str, Any], progress: Callable[[int, int], None]) -> frames.Frames:
+    """Read the frames of a VIDEO: from its file, where it has one, else from its components.
+
+    Args:
+        settings: start, count, stride, width, height and fit, as in `read_frames`.
+    """
+    if isinstance(video, VideoFromFile) and (trim := _trim(video)) is not None:
+        begin, seconds = trim
+        window = (begin, begin + seconds if seconds else inf) if begin or seconds else None
+        source = video.get_stream_source()
+        source = Path(source) if isinstance(source, str) else source
+        return frames.read_frames(source, **settings, progress=progress, window=window)
+    parts = video.get_components()
+    images, audio = parts.images, parts.audio
+    if getattr(parts, "alpha", None) is not None:
+        images = torch.cat([images[..., :3], parts.alpha], dim=-1)
+    audio = audio and Audio(audio["waveform"][0].float(), int(audio["sample_rate"]))
+    return frames.fit_frames(images, float(parts.frame_rate), audio, **settings)
+
+
+def _trim(video: VideoFromFile) -> tuple[float, float] | None:
+    """Return where the VIDEO begins and how long it is, in seconds, 0 = to its end; None if the host does not say."""
+    if hasattr(video, "get_active_trim_window"):
+        return video.get_active_trim_window()
+    return None if hasattr(video, "as_trimmed") else (0.0, 0.0)
 
 
 def _choices() -> list[str]:
     """Videos of the input folder and of its subfolders, and the subfolders that hold images, one level deep."""
     root = folder_paths.get_input_directory()
-    top = _host.listed(root)
+    top = host.files.listed(root)
     folders = [name for name, is_folder in top if is_folder]
-    entries = [top, *(_host.listed(root, folder) for folder in folders)]
+    entries = [top, *(host.files.listed(root, folder) for folder in folders)]
     files = [name for entry in entries for name, is_folder in entry if not is_folder]
     shown = {name.rpartition("/")[0] for name in files if name.lower().endswith(frames.IMAGE_SUFFIXES)}
     videos = {*folder_paths.filter_files_content_types(files, ["video"])}

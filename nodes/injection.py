@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from comfy_api.v0_0_2 import io
 
 from ..cove.injection import ATTENTION, AUTO, RESNET
-from . import _host
+from . import host
 
 SHARE_TOOLTIP = (
     "Share of the sampling steps, from the first one on. A larger share keeps more of the source's {}; a smaller one "
@@ -39,7 +37,7 @@ class FeatureInjection(io.ComfyNode):
             "of the inverted clip take the place of the edit's.",
             inputs=[
                 io.Model.Input("model", tooltip="The patched model of DDIM Inversion. The result is for sampling."),
-                _host.InversionType.Input("inversion", tooltip="From DDIM Inversion or Load Inversion."),
+                host.types.Inversion.Input("inversion", tooltip="From DDIM Inversion or Load Inversion."),
                 _share("resnet_share", SHARE_TOOLTIP.format("shapes and positions")),
                 _share("attention_share", SHARE_TOOLTIP.format("layout")),
                 io.String.Input(
@@ -63,6 +61,7 @@ class FeatureInjection(io.ComfyNode):
         )
 
     @classmethod
+    @host.errors.named
     def execute(
         cls,
         model,
@@ -73,14 +72,11 @@ class FeatureInjection(io.ComfyNode):
         attention_blocks,
         conditioning=None,
     ) -> io.NodeOutput:
-        node = "Feature Injection"
-        sites = _host.sites_of(model, resnet_blocks, attention_blocks, node)
-        _host.check_fits(inversion, model, node)
-        source = _host.conditioning_of(inversion) if conditioning is None else conditioning
+        sites = host.injection.sites_of(model, resnet_blocks, attention_blocks)
+        host.identity.check_fits(inversion, model)
+        source = host.identity.conditioning_of(inversion) if conditioning is None else conditioning
         shares = {RESNET: resnet_share, ATTENTION: attention_share}
-        return io.NodeOutput(
-            _host.inject(model, inversion, sites, shares, source, node, partial(_host.report_status, cls))
-        )
+        return io.NodeOutput(host.injection.inject(model, inversion, sites, shares, source, cls))
 
 
 class StoreFeatures(io.ComfyNode):
@@ -96,7 +92,7 @@ class StoreFeatures(io.ComfyNode):
             "clip without running the source beside each edit. The node shows their size before it runs.",
             inputs=[
                 io.Model.Input("model", tooltip="The patched model of DDIM Inversion."),
-                _host.InversionType.Input("inversion", tooltip="From DDIM Inversion or Load Inversion."),
+                host.types.Inversion.Input("inversion", tooltip="From DDIM Inversion or Load Inversion."),
                 _share(
                     "share",
                     "Share of the sampling steps whose features are stored, from the first one on: the larger share of "
@@ -104,29 +100,27 @@ class StoreFeatures(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "storage",
-                    options=list(_host.STORAGES),
-                    default=_host.STORAGES[0],
+                    options=list(host.storage.STORAGES),
+                    default=host.storage.MEMORY,
                     tooltip="memory: until the inversion is no longer used. disk: ComfyUI's temp folder; Save "
                     "Inversion keeps them.",
                 ),
                 io.Conditioning.Input("conditioning", optional=True, tooltip=CONDITIONING_TOOLTIP.format("")),
             ],
-            outputs=[_host.InversionType.Output(display_name="inversion", tooltip="With features.")],
+            outputs=[host.types.Inversion.Output(display_name="inversion", tooltip="With features.")],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
+    @host.errors.named
     def execute(cls, model, inversion, share, storage, conditioning=None) -> io.NodeOutput:
-        node = "Store Features"
-        sites = _host.sites_of(model, AUTO, AUTO, node)
-        _host.check_without(model, _host.INJECTION_KEY, "Feature Injection", node)
-        _host.check_without(model, _host.TOKENFLOW_KEY, "TokenFlow", node)
-        _host.check_no_step_cache(model.wrappers, node)
-        _host.check_fits(inversion, model, node)
-        source = _host.conditioning_of(inversion) if conditioning is None else conditioning
+        sites = host.injection.sites_of(model, AUTO, AUTO)
+        host.checks.check_without(model, host.options.INJECTION, host.options.TOKENFLOW)
+        host.checks.check_no_step_cache(model.wrappers)
+        host.identity.check_fits(inversion, model)
+        source = host.identity.conditioning_of(inversion) if conditioning is None else conditioning
         steps = inversion.schedule.share(share)
-        report = partial(_host.report_status, cls)
-        return io.NodeOutput(_host.store_features(model, inversion, sites, steps, storage, source, node, report))
+        return io.NodeOutput(host.storage.store_features(model, inversion, sites, steps, storage, source, cls))
 
 
 NODES = [FeatureInjection, StoreFeatures]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io
 
 from ..cove.inversion import Inversion
-from . import _host
+from . import host
 
 ENDING = ".inversion.safetensors"
 
@@ -21,7 +21,7 @@ class SaveInversion(io.ComfyNode):
             category="COVE/load",
             description="Saves an inversion to ComfyUI's output folder, so that the clip need not be inverted again.",
             inputs=[
-                _host.InversionType.Input("inversion", tooltip="From DDIM Inversion."),
+                host.types.Inversion.Input("inversion", tooltip="From DDIM Inversion."),
                 io.String.Input(
                     "filename_prefix",
                     default="cove/clip",
@@ -34,12 +34,13 @@ class SaveInversion(io.ComfyNode):
         )
 
     @classmethod
+    @host.errors.named
     def execute(cls, inversion, filename_prefix) -> io.NodeOutput:
-        path = _host.output_path(filename_prefix, ENDING, "Save Inversion")
-        _host.check_space(path.parent, inversion.bytes, "Save Inversion")
-        with _host.saving("Save Inversion"):
+        path = host.files.output_path(filename_prefix, ENDING)
+        host.files.check_space(path.parent, inversion.bytes)
+        with host.files.saving():
             inversion.save(path)
-        _host.report_status(cls, f"saved as {path.name}, {path.stat().st_size / 2**20:.1f} MiB")
+        host.status.report_status(cls, f"saved as {path.name}, {host.status.format_bytes(path.stat().st_size)}")
         return io.NodeOutput()
 
 
@@ -56,7 +57,7 @@ class LoadInversion(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=_host.list_saved(ENDING),
+                    options=host.files.list_saved(ENDING),
                     tooltip="A saved inversion, newest first. Lists ComfyUI's output and input folders and the "
                     "subfolder `cove` of each.",
                 ),
@@ -69,31 +70,29 @@ class LoadInversion(io.ComfyNode):
             ],
             outputs=[
                 io.Latent.Output(display_name="noise"),
-                _host.InversionType.Output(display_name="inversion"),
+                host.types.Inversion.Output(display_name="inversion"),
             ],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def validate_inputs(cls, file=None) -> bool | str:
-        return _host.check_name(file, "Load Inversion")
+        return host.files.check_name(file, cls)
 
     @classmethod
     def fingerprint_inputs(cls, file=None, **others) -> str:
-        return _host.state_of(file)
+        return host.files.state_of(file)
 
     @classmethod
+    @host.errors.named
     def execute(cls, file, model, latent=None) -> io.NodeOutput:
-        node = "Load Inversion"
-        path = _host.path_of(file, node)
-        _host.unet_of(model, node)
-        try:
-            inversion = Inversion.load(path)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{node}: {error}") from error
-        _host.check_fits(inversion, model, node, latent)
-        _host.report_status(cls, f"{inversion.frames} frames, {inversion.schedule.steps} steps; {inversion.quality()}")
-        return io.NodeOutput(_host.noise_of(model, inversion), inversion)
+        path = host.files.path_of(file)
+        host.unet.unet_of(model)
+        inversion = Inversion.load(path)
+        host.identity.check_fits(inversion, model, latent)
+        summary = f"{inversion.frames} frames, {inversion.schedule.steps} steps; {inversion.quality()}"
+        host.status.report_status(cls, summary)
+        return io.NodeOutput(host.noise.noise_of(model, inversion), inversion)
 
 
 NODES = [SaveInversion, LoadInversion]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import comfy.model_management
-import comfy.utils
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from comfy_api.v0_0_2 import io, ui
 
-from ..cove import metrics, report
-from . import _host
+from ..cove import draw, metrics
+from . import host
 
 SMALLEST = 12  # pixels a side: SSIM's window and the optical flow want as many
 
@@ -35,7 +36,7 @@ class ReconstructionCheck(io.ComfyNode):
                     tooltip="The source through VAE Encode and VAE Decode. If given, what the VAE loses is shown apart "
                     "from what the inversion loses.",
                 ),
-                _host.InversionType.Input(
+                host.types.Inversion.Input(
                     "inversion", optional=True, tooltip="If given, the advice knows how the inversion went."
                 ),
             ],
@@ -48,10 +49,11 @@ class ReconstructionCheck(io.ComfyNode):
         )
 
     @classmethod
+    @host.errors.named
     def execute(cls, source, reconstruction, vae_only=None, inversion=None) -> io.NodeOutput:
         clips = {"source": source, "vae_only": vae_only, "reconstruction": reconstruction}
         clips = {name: clip[..., :3].cpu() for name, clip in clips.items() if clip is not None}
-        _check_alike(cls, clips)
+        _check_alike(clips)
         # Against what the VAE leaves where it is known: the inversion never saw more.
         reference = clips.get("vae_only", clips["source"])
         back = metrics.psnr(clips["reconstruction"], reference)
@@ -69,8 +71,8 @@ class ReconstructionCheck(io.ComfyNode):
                 columns[f"{name} {measure.__name__.upper()}"] = measure(clips[name], clips["source"]).tolist()
         against = "the source" if vae_only is None else "what the VAE leaves"
         text += f" Lowest PSNR {back[worst]:.1f} dB against {against}, frame {worst}. Below, all against the source."
-        text += f"\n\n{report.table(columns)}"
-        _host.report_status(cls, text)
+        text += f"\n\n{metrics.format_table(columns)}"
+        host.status.report_status(cls, text)
         sheet = torch.cat(list(clips.values()), dim=2)
         return io.NodeOutput(sheet, text, ui=ui.PreviewImage(sheet, cls=cls))
 
@@ -111,52 +113,44 @@ class EditCheck(io.ComfyNode):
         )
 
     @classmethod
+    @host.errors.named
     def execute(cls, source, edited, prompt, clip_vision=None, clip=None) -> io.NodeOutput:
-        node = "Edit Check"
         clips = {"source": source[..., :3].cpu(), "edited": edited[..., :3].cpu()}
-        _check_alike(cls, clips)
+        _check_alike(clips)
         if clip is not None and (clip_vision is None or not prompt.strip()):
             missing = "`clip_vision`" if clip_vision is None else "`prompt`"
-            raise ValueError(f"{node}: a `clip` came without a {missing}. Give both, or leave `clip` open.")
-        try:
-            report.check_libraries()
-        except ImportError as error:
-            raise ImportError(f"{node}: {error}") from error
-        words = None if clip is None else _host.text_embedding(clip, prompt, node)
+            raise ValueError(f"`clip` is connected without {missing}. Connect both, or leave `clip` open.")
+        metrics.check_libraries()
+        words = None if clip is None else _text_embedding(clip, prompt)
         seen_frames = 0 if clip_vision is None else len(source)
-        bar = comfy.utils.ProgressBar(max(1, seen_frames + len(source) - 1))
-
-        def progress(done: int, _total: int) -> None:
-            bar.update_absolute(done)
-            comfy.model_management.throw_exception_if_processing_interrupted()
-
+        progress = host.status.progress_bar(seen_frames + len(source) - 1)
         similarities = {}
         if clip_vision is not None:
-            seen = _host.image_embeddings(clip_vision, edited, progress)
+            seen = _image_embeddings(clip_vision, edited, progress)
             similarities["CLIP, next frame"] = [*(seen[:-1] * seen[1:]).sum(1).tolist(), float("nan")]
             if words is not None:
-                _host.check_same_space(seen, words, node)
+                _check_same_space(seen, words)
                 similarities["CLIP, prompt"] = (seen @ words).tolist()
-        columns = report.edit_columns(**clips, progress=lambda done, total: progress(seen_frames + done, total))
+        columns = metrics.measure_edit(**clips, progress=lambda done, total: progress(seen_frames + done, total))
         columns |= similarities
-        text = f"{report.summary(columns)}\n\n{report.table(columns)}"
-        _host.report_status(cls, text)
-        picture = report.plot(report.panels_of(columns))
+        text = f"{metrics.summarize_edit(columns)}\n\n{metrics.format_table(columns)}"
+        host.status.report_status(cls, text)
+        picture = draw.plot_edit(columns)
         return io.NodeOutput(picture, text, ui=ui.PreviewImage(picture, cls=cls))
 
 
-def _check_alike(node, clips: dict[str, torch.Tensor]) -> None:
-    """An error unless all are of the source's size, and that is one which SSIM is defined for."""
-    name_of_node, source = _host.name_of(node), clips["source"]
+def _check_alike(clips: dict[str, torch.Tensor]) -> None:
+    """Raise unless all have the source's shape and SSIM is defined for their size."""
+    source = clips["source"]
     for name, clip in clips.items():
         if clip.shape != source.shape:
             raise ValueError(
-                f"{name_of_node}: source is {_format_frames(source)}, but {name} is {_format_frames(clip)}. Make both "
+                f"source is {_format_frames(source)}, but {name} is {_format_frames(clip)}. Make both "
                 f"from the same frames."
             )
     if min(source.shape[1:3]) < SMALLEST:
         raise ValueError(
-            f"{name_of_node}: expected frames of {SMALLEST}x{SMALLEST} pixels or more, got {_format_frames(source)}. "
+            f"expected frames of {SMALLEST}x{SMALLEST} pixels or more, got {_format_frames(source)}. "
             f"Load larger frames."
         )
 
@@ -164,6 +158,51 @@ def _check_alike(node, clips: dict[str, torch.Tensor]) -> None:
 def _format_frames(clip: torch.Tensor) -> str:
     frames, height, width, _ = clip.shape
     return f"{frames} frames of {width}x{height}"
+
+
+# --- CLIP ---
+
+
+BATCH = 8  # frames that CLIP sees at once
+
+
+def _image_embeddings(clip_vision, images: torch.Tensor, progress: Callable[[int, int], None]) -> torch.Tensor:
+    """Return a unit vector per frame, [frames, d], float32, of its central square, as papers report it."""
+    found = []
+    for start in range(0, len(images), BATCH):
+        found.append(clip_vision.encode_image(images[start : start + BATCH])["image_embeds"].float().cpu())
+        progress(min(start + BATCH, len(images)), len(images))
+    return F.normalize(torch.cat(found), dim=-1)
+
+
+def _text_embedding(clip, prompt: str) -> torch.Tensor:
+    """Return the unit vector of the prompt, [d], float32; raise if the encoder does not project into CLIP's space.
+
+    ComfyUI leaves the projection out for CLIP-L, whose files may lack it.
+    """
+    towers = clip.cond_stage_model
+    encoder = getattr(towers, "clip_g", None) or getattr(towers, getattr(towers, "clip", ""), None)
+    if encoder is None or not getattr(encoder, "return_projected_pooled", False):
+        raise ValueError(
+            f"expected the `clip` of an SD2.x checkpoint (with CLIP-ViT-H as `clip_vision`) or of an SDXL one "
+            f"(with CLIP-ViT-bigG), got {type(towers).__name__}, whose words cannot be compared with pictures. Connect "
+            f"one of those, or leave `clip` open."
+        )
+    _, pooled = clip.encode_from_tokens(clip.tokenize(prompt), return_pooled=True)
+    return F.normalize(pooled[0].float().cpu(), dim=-1)
+
+
+def _check_same_space(images: torch.Tensor, words: torch.Tensor) -> None:
+    """Raise when the two come from different CLIPs."""
+    if images.shape[-1] != len(words):
+        raise ValueError(
+            f"`clip_vision` gives {images.shape[-1]} numbers a frame and `clip` {len(words)} for the prompt: "
+            f"they are halves of different CLIPs. Load two that go together: CLIP-ViT-H and the clip of an SD2.x "
+            f"checkpoint, or CLIP-ViT-bigG and that of an SDXL one."
+        )
+
+
+# --- verdict ---
 
 
 GOOD, FAIR = 30.0, 25.0  # dB: differences one has to look for, and differences one sees at once

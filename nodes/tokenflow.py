@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from comfy_api.v0_0_2 import io
 
-from . import _host
+from . import host
 
 
 class TokenFlow(io.ComfyNode):
@@ -26,7 +24,7 @@ class TokenFlow(io.ComfyNode):
                     tooltip="SD1.5, SD2.x or SDXL, as DDIM Inversion had it; with Feature Injection to keep the "
                     "source's layout. The result is for sampling.",
                 ),
-                _host.InversionType.Input("inversion", tooltip="From DDIM Inversion or Load Inversion."),
+                host.types.Inversion.Input("inversion", tooltip="From DDIM Inversion or Load Inversion."),
                 io.Int.Input(
                     "every",
                     default=8,
@@ -59,13 +57,13 @@ class TokenFlow(io.ComfyNode):
         )
 
     @classmethod
+    @host.errors.named
     def execute(cls, model, inversion, every, blend_keyframes, seed, conditioning=None) -> io.NodeOutput:
-        node = "TokenFlow"
-        _host.unet_of(model, node)
-        _host.check_fits(inversion, model, node)
-        source = _host.conditioning_of(inversion) if conditioning is None else conditioning
-        report = partial(_host.report_status, cls)
-        return io.NodeOutput(_host.flow_tokens(model, inversion, every, blend_keyframes, seed, source, node, report))
+        host.unet.unet_of(model)
+        host.identity.check_fits(inversion, model)
+        source = host.identity.conditioning_of(inversion) if conditioning is None else conditioning
+        patched = host.tokenflow.flow_tokens(model, inversion, every, blend_keyframes, seed, source, cls)
+        return io.NodeOutput(patched)
 
 
 NODES = [TokenFlow]

@@ -30,20 +30,21 @@ def main() -> None:
     if arguments.check_only:
         return
 
+    from cove.draw import plot_edit
     from cove.frames import read_frames
-    from cove.report import check_libraries, edit_columns, panels_of, plot, summary, table
+    from cove.metrics import check_libraries, format_table, measure_edit, summarize_edit
 
     check_libraries()
     edited = read_frames(arguments.edited).images
     height, width = edited.shape[1:3]
     taken = {"start": arguments.start, "stride": arguments.stride, "count": len(edited)}
     source = read_frames(arguments.source, **taken, width=width, height=height).images
-    columns = edit_columns(source, edited)
-    print(f"{len(edited)} frames of {width}x{height}. {summary(columns)}\n\n{table(columns)}")
+    columns = measure_edit(source, edited)
+    print(f"{len(edited)} frames of {width}x{height}. {summarize_edit(columns)}\n\n{format_table(columns)}")
     if arguments.plot:
         from PIL import Image
 
-        (picture,) = plot(panels_of(columns))
+        (picture,) = plot_edit(columns)
         Image.fromarray((picture * 255).round().byte().numpy()).save(arguments.plot)
         print(f"\nthe plot: {arguments.plot}")
 

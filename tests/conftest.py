@@ -144,8 +144,8 @@ def cove(pack):
 
 @pytest.fixture
 def host_module(pack):
-    """The pack's `nodes/_host`."""
-    return importlib.import_module(f"{pack.__name__}.nodes._host")
+    """The pack's `nodes/host`."""
+    return importlib.import_module(f"{pack.__name__}.nodes.host")
 
 
 @pytest.fixture

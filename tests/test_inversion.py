@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from cove import files
 from cove.correspondence import Correspondence
-from cove.inversion import FORMAT, Inversion, on_disk
+from cove.files import on_disk
+from cove.inversion import FORMAT, Inversion
 from cove.schedule import Schedule
 from tests.method_helpers import PEAK, ROOT, assert_same, fresh, full_disk, randn
 

@@ -50,14 +50,14 @@ def guide(nodes):
 @pytest.fixture
 def recorded(host_module, monkeypatch):
     """Every call of the patch from here on: what came, what it gave."""
-    calls, original = [], host_module.GuidedSelfAttention.__call__
+    calls, original = [], host_module.attention.GuidedSelfAttention.__call__
 
     def record(self, query, key, value, options):
         result = original(self, query, key, value, options)
         calls.append(SimpleNamespace(patch=self, qkv=(query, key, value), options=options, result=result))
         return result
 
-    monkeypatch.setattr(host_module.GuidedSelfAttention, "__call__", record)
+    monkeypatch.setattr(host_module.attention.GuidedSelfAttention, "__call__", record)
     return calls
 
 
@@ -353,7 +353,7 @@ def test_frames_together_do_not_take_the_fallback_for_cpus(host_module, monkeypa
     from comfy.cli_args import args
     from comfy.ldm.modules import attention
 
-    query, attend_with = torch.zeros(1, 1, 1), host_module.attend.attend_with
+    query, attend_with = torch.zeros(1, 1, 1), host_module.attention.attend_with
     monkeypatch.setattr(attention, "optimized_attention", attention.attention_sub_quad)
     assert attend_with(query, {}, jointly=2).func is attention.attention_pytorch
     assert attend_with(query, {}).func is attention.attention_sub_quad

@@ -21,7 +21,7 @@ SIGMAS = torch.tensor([0.0, 1.0, 3.0])
 @pytest.fixture
 def name_of(comfy, pack):
     """MODEL, CONDITIONING -> fingerprint of an inversion."""
-    run_fingerprint = importlib.import_module(f"{pack.__name__}.nodes._host.identity").run_fingerprint
+    run_fingerprint = importlib.import_module(f"{pack.__name__}.nodes.host.identity").run_fingerprint
 
     def found(model, conditioning=None):
         return run_fingerprint(model, conditioning or prompt(1), latents()["samples"], SIGMAS, 1)
@@ -139,7 +139,7 @@ def test_what_nodes_put_on_a_model_counts(small, name_of, place):
 
 
 def test_any_value_changed_in_any_object_is_another(small, pack):
-    identity = importlib.import_module(f"{pack.__name__}.nodes._host.identity")
+    identity = importlib.import_module(f"{pack.__name__}.nodes.host.identity")
 
     def name_of(thing):
         return identity.fingerprint(thing, known=identity._Contents(small))

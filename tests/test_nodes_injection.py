@@ -313,7 +313,7 @@ def test_size_said_is_the_size_of_what_is_stored(load, nodes, host_module, kind,
         model = tiny(kind).clone()
         if dtype != torch.float32:
             model.set_model_compute_dtype(dtype)
-        said = host_module.injection.bytes_of(model, host_module.sites_of(model, "auto", "auto", "test"), size, "test")
+        said = host_module.injection.bytes_of(model, host_module.injection.sites_of(model, "auto", "auto"), size)
         source = prompt(1, kind.replace("two levels", "sd15"))
         inversion = store(nodes, model, invert(nodes, model, source, latents(2, *size), steps=1)[1])
         (features,) = inversion.features.values()

@@ -82,7 +82,7 @@ def test_store_features_reports_the_size_before_the_run(small, nodes, host_modul
     model.set_model_unet_function_wrapper(look)
     stored = store(nodes, model, inversion, share=0.6, storage=storage)
     (line,) = said[0][known:]
-    one = host_module.injection.bytes_of(small, host_module.sites_of(small, "auto", "auto", ""), (37, 41), "") / 2**20
+    one = host_module.injection.bytes_of(small, host_module.injection.sites_of(small, "auto", "auto"), (37, 41)) / 2**20
     assert line.startswith(f"storing {4 * one:.1f} MiB (2 steps x 2 frames x {one:.1f} MiB); ")
     assert ("of memory are free" if storage == "memory" else "on disk are free") in line
     taken = sum(t.numel() * t.element_size() for some in stored.features.values() for t in some.values())
@@ -111,7 +111,7 @@ def test_store_features_refuses_what_does_not_fit(comfy, small, nodes, host_modu
     other = " or set `storage` to disk," if storage == "memory" else ""
     with pytest.raises(ValueError) as caught:
         store(nodes, model, long, storage=storage)
-    one = host_module.injection.bytes_of(small, host_module.sites_of(small, "auto", "auto", ""), (37, 41), "")
+    one = host_module.injection.bytes_of(small, host_module.injection.sites_of(small, "auto", "auto"), (37, 41))
     free = shutil.disk_usage(base).free if storage == "disk" else comfy.model_management.get_free_memory(cpu)
     found = re.fullmatch(
         rf"Store Features: the features take {3 * 10**7 * one / 2**30:.2f} GiB \(3 steps x 10000000 frames x "

@@ -175,7 +175,7 @@ def test_ddim_inversion_completes_where_its_steps_cannot_be_kept(small, nodes, b
 
 def limit(nodes, monkeypatch, size):
     """Set the bytes that all unfinished inversions may take."""
-    module = importlib.import_module(f"{nodes['DDIMInversion'].__module__.partition('.')[0]}.cove.inversion")
+    module = importlib.import_module(f"{nodes['DDIMInversion'].__module__.partition('.')[0]}.nodes.host.unfinished")
     monkeypatch.setattr(module.UnfinishedInversion, "LIMIT", size)
 
 

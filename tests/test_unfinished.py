@@ -3,12 +3,11 @@
 import math
 import os
 import shutil
+import sys
 
 import pytest
 import torch
 
-import cove.files
-from cove.inversion import UnfinishedInversion, unfinished_in
 from tests.method_helpers import assert_same, full_disk, randn
 
 STEPS = 11
@@ -27,8 +26,14 @@ RECORDS = [record(step) for step in range(STEPS)]
 
 
 @pytest.fixture
-def unfinished(tmp_path):
-    made = UnfinishedInversion(tmp_path / "unfinished", "abc")
+def module(host_module):
+    """The pack's `nodes/host/unfinished.py`."""
+    return sys.modules[f"{host_module.__name__}.unfinished"]
+
+
+@pytest.fixture
+def unfinished(module, tmp_path):
+    made = module.UnfinishedInversion(tmp_path / "unfinished", "abc")
     for step, tensors in enumerate(RECORDS):
         made.add(step, tensors)
     return made
@@ -38,23 +43,23 @@ def files(unfinished):
     return sorted(unfinished.folder.iterdir())
 
 
-def test_steps_returns_them_in_order(unfinished, tmp_path):
+def test_steps_returns_them_in_order(module, unfinished, tmp_path):
     assert_same(unfinished.steps(), RECORDS)
-    assert_same(UnfinishedInversion(str(tmp_path / "unfinished"), "abc").steps(), RECORDS)
-    assert UnfinishedInversion(tmp_path / "unfinished", "abd").steps() == []
+    assert_same(module.UnfinishedInversion(str(tmp_path / "unfinished"), "abc").steps(), RECORDS)
+    assert module.UnfinishedInversion(tmp_path / "unfinished", "abd").steps() == []
     assert len(files(unfinished)) == STEPS
 
 
-def test_add_keeps_a_step_at_once(tmp_path):
-    made = UnfinishedInversion(tmp_path / "user" / "unfinished", "abc")
+def test_add_keeps_a_step_at_once(module, tmp_path):
+    made = module.UnfinishedInversion(tmp_path / "user" / "unfinished", "abc")
     assert made.steps() == []
     for step, tensors in enumerate(RECORDS):
         made.add(step, tensors)
         assert_same(made.steps(), RECORDS[: step + 1])
 
 
-def test_add_keeps_tensors_whatever_their_strides(tmp_path):
-    made = UnfinishedInversion(tmp_path, "abc")
+def test_add_keeps_tensors_whatever_their_strides(module, tmp_path):
+    made = module.UnfinishedInversion(tmp_path, "abc")
     made.add(0, {"x": randn(7, 5, 3).permute(2, 1, 0)})
     assert_same(made.steps(), [{"x": randn(7, 5, 3).permute(2, 1, 0)}])
 
@@ -74,7 +79,7 @@ def test_steps_ends_before_one_that_cannot_be_read(unfinished, step, damage):
 
 def test_add_leaves_nothing_of_a_step_that_cannot_be_written(unfinished, monkeypatch):
     before = files(unfinished)
-    monkeypatch.setattr(cove.files, "save_file", full_disk)
+    monkeypatch.setattr(sys.modules[module.save_tensors.__module__], "save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         unfinished.add(STEPS, RECORDS[0])
     assert files(unfinished) == before
@@ -87,8 +92,8 @@ def test_steps_outlive_their_files(unfinished):
     assert_same(found, RECORDS)
 
 
-def test_discard_removes_this_inversion_only(unfinished):
-    other = UnfinishedInversion(unfinished.folder.parent, "other")
+def test_discard_removes_this_inversion_only(module, unfinished):
+    other = module.UnfinishedInversion(unfinished.folder.parent, "other")
     other.add(0, RECORDS[0])
     unfinished.discard()
     assert unfinished.steps() == [] and not unfinished.folder.exists()
@@ -96,10 +101,10 @@ def test_discard_removes_this_inversion_only(unfinished):
     unfinished.discard()  # again, without an error
 
 
-def unfinished_ones(folder, count, steps=2):
+def unfinished_ones(module, folder, count, steps=2):
     """Yield inversions from the oldest on, dated by hand: the clock of a file system may be too coarse."""
     for i in range(count):
-        made = UnfinishedInversion(folder, f"{(7 * i) % 11:02}")  # names of another order
+        made = module.UnfinishedInversion(folder, f"{(7 * i) % 11:02}")  # names of another order
         for step in range(steps):
             made.add(step, RECORDS[step])
         os.utime(made.folder, (1000 + i, 1000 + i))
@@ -112,32 +117,33 @@ def taken(folder):
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), LATENTS, (11, 4, 13, 17)])
 @pytest.mark.parametrize("steps", [1, 7])
-def test_size_of_is_just_above_what_the_steps_take(tmp_path, shape, steps):
-    made = UnfinishedInversion(tmp_path, "abc")
+def test_size_of_is_just_above_what_the_steps_take(module, tmp_path, shape, steps):
+    made = module.UnfinishedInversion(tmp_path, "abc")
     for step in range(steps):
         made.add(step, record(step) | {"x": randn(*shape, seed=step)})
     assert taken(tmp_path) <= made.size_of(steps, shape) < taken(tmp_path) + 1024 * steps
 
 
-def test_unfinished_in_lists_the_oldest_first_with_their_bytes(tmp_path):
+def test_unfinished_in_lists_the_oldest_first_with_their_bytes(module, tmp_path):
     (tmp_path / "a file").write_text("not an unfinished inversion")
     (tmp_path / "elsewhere").symlink_to(tmp_path)
     ones = list(unfinished_ones(tmp_path, 5))
-    found = unfinished_in(tmp_path)
+    found = module.unfinished_in(tmp_path)
     assert list(found) == [one.folder for one in ones] and sum(found.values()) == taken(tmp_path) - len(
         "not an unfinished inversion"
     )
     assert ones[3].others() == sum(found.values()) - found[ones[3].folder]
-    assert unfinished_in(tmp_path / "missing") == {} and UnfinishedInversion(tmp_path / "missing", "a").others() == 0
+    assert module.unfinished_in(tmp_path / "missing") == {}
+    assert module.UnfinishedInversion(tmp_path / "missing", "a").others() == 0
 
 
 @pytest.mark.parametrize("room", [0, 1, 3, 6])
-def test_make_room_removes_the_oldest_until_all_fits(tmp_path, monkeypatch, room):
+def test_make_room_removes_the_oldest_until_all_fits(module, tmp_path, monkeypatch, room):
     (tmp_path / "a file").write_text("not an unfinished inversion")
     ones = list(unfinished_ones(tmp_path, 7))
     one = ones[0].others() // 6  # all are of one size
-    new = UnfinishedInversion(tmp_path, "new")
-    monkeypatch.setattr(UnfinishedInversion, "LIMIT", 7 * one)
+    new = module.UnfinishedInversion(tmp_path, "new")
+    monkeypatch.setattr(module.UnfinishedInversion, "LIMIT", 7 * one)
     assert new.make_room(room * one) is True
     assert [len(some.steps()) for some in ones] == [0] * room + [2] * (7 - room)
     # One byte more removes another one.
@@ -146,34 +152,34 @@ def test_make_room_removes_the_oldest_until_all_fits(tmp_path, monkeypatch, room
     assert (tmp_path / "a file").exists() and new.steps() == []
 
 
-def test_make_room_keeps_its_own_steps(tmp_path, monkeypatch):
+def test_make_room_keeps_its_own_steps(module, tmp_path, monkeypatch):
     ones = list(unfinished_ones(tmp_path, 3))
     one = ones[0].others() // 2
-    monkeypatch.setattr(UnfinishedInversion, "LIMIT", 3 * one)
+    monkeypatch.setattr(module.UnfinishedInversion, "LIMIT", 3 * one)
     assert ones[0].make_room(2 * one) is True  # it is the oldest
     assert [len(some.steps()) for some in ones] == [2, 0, 2]
 
 
-def test_make_room_refuses_one_that_exceeds_the_limit_alone(tmp_path, monkeypatch):
+def test_make_room_refuses_one_that_exceeds_the_limit_alone(module, tmp_path, monkeypatch):
     ones = list(unfinished_ones(tmp_path, 5))
     one = ones[0].others() // 4
-    monkeypatch.setattr(UnfinishedInversion, "LIMIT", 3 * one)
+    monkeypatch.setattr(module.UnfinishedInversion, "LIMIT", 3 * one)
     assert ones[4].make_room(3 * one + 1) is False
     assert [len(some.steps()) for some in ones] == [0, 2, 2, 2, 0]  # others are removed down to the limit only
 
 
-def test_make_room_returns_false_when_others_cannot_be_removed(tmp_path, monkeypatch):
+def test_make_room_returns_false_when_others_cannot_be_removed(module, tmp_path, monkeypatch):
     ones = list(unfinished_ones(tmp_path, 3))
-    monkeypatch.setattr(UnfinishedInversion, "LIMIT", ones[0].others())
+    monkeypatch.setattr(module.UnfinishedInversion, "LIMIT", ones[0].others())
     monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)
-    assert UnfinishedInversion(tmp_path, "new").make_room(1) is False
+    assert module.UnfinishedInversion(tmp_path, "new").make_room(1) is False
 
 
-def test_add_never_exceeds_the_limit(tmp_path, monkeypatch):
+def test_add_never_exceeds_the_limit(module, tmp_path, monkeypatch):
     """Two processes may write to one folder, and neither knows how many steps the other will add."""
-    limit = UnfinishedInversion.size_of(5, LATENTS)
-    monkeypatch.setattr(UnfinishedInversion, "LIMIT", limit)
-    one, other = (UnfinishedInversion(tmp_path, name) for name in ("one", "other"))
+    limit = module.UnfinishedInversion.size_of(5, LATENTS)
+    monkeypatch.setattr(module.UnfinishedInversion, "LIMIT", limit)
+    one, other = (module.UnfinishedInversion(tmp_path, name) for name in ("one", "other"))
     assert one.make_room(one.size_of(5, LATENTS)) and other.make_room(other.size_of(5, LATENTS))
     refused = 0
     for step in range(5):
@@ -187,8 +193,8 @@ def test_add_never_exceeds_the_limit(tmp_path, monkeypatch):
     assert_same(one.steps(), RECORDS[: len(one.steps())])
 
 
-def test_add_refuses_a_step_without_the_one_before(tmp_path):
-    made = UnfinishedInversion(tmp_path, "abc")
+def test_add_refuses_a_step_without_the_one_before(module, tmp_path):
+    made = module.UnfinishedInversion(tmp_path, "abc")
     made.add(0, RECORDS[0])
     with pytest.raises(OSError, match="step before"):
         made.add(2, RECORDS[2])

@@ -57,21 +57,21 @@ class Probe:
     """Features of a clip at every level of the UNet's decoder."""
 
     def __init__(self, model, clip, vae, nodes):
-        self.model, self.text, self.vae, self.host = model, clip, vae, sys.modules["pack.nodes._host"]
-        unet = self.host.unet_of(model, "benchmark")
-        count = len(set(self.host.model.block_levels(unet).values()))
-        self.layers = [self.host.decoder_level_end(unet, level, "benchmark") for level in range(count)]
+        self.model, self.text, self.vae, self.host = model, clip, vae, sys.modules["pack.nodes.host"]
+        unet = self.host.unet.unet_of(model)
+        count = len(set(self.host.unet.block_levels(unet).values()))
+        self.layers = [self.host.unet.decoder_level_end(unet, level) for level in range(count)]
 
     def states(self, pictures: Tensor, words: str, seed: int) -> dict[tuple[int, str], Levels]:
         """Return the features by timestep and one of `NOISES`."""
         latent = {"samples": self.vae.encode(pictures)}
         prompt = self.text.encode_from_tokens_scheduled(self.text.tokenize(words))
-        sigmas = self.host.sigmas_at(self.model, list(TIMESTEPS), "benchmark")
+        sigmas = self.host.unet.sigmas_at(self.model, list(TIMESTEPS))
         found: dict[tuple[int, str], Levels] = {}
 
         def probe(denoise, x, _sigmas, extra_args, callback, disable):
             with ExitStack() as stack:
-                outputs = [stack.enter_context(self.host.captured(layer)) for layer in self.layers]
+                outputs = [stack.enter_context(self.host.unet.captured(layer)) for layer in self.layers]
 
                 def last() -> Levels:
                     states = [output[-1].float().cpu() for output in outputs]
@@ -80,7 +80,7 @@ class Probe:
                     return [resample(state, tuple(x.shape[-2:])).movedim(1, -1) for state in states]
 
                 def seen(noisy: Tensor, sigma: Tensor) -> Levels:
-                    self.host.run_unet(denoise, noisy, sigma, extra_args["model_options"])
+                    self.host.run.run_unet(denoise, noisy, range(len(x)), sigma, extra_args["model_options"])
                     return last()
 
                 for timestep, sigma in zip(TIMESTEPS, sigmas.to(x), strict=True):
@@ -98,7 +98,7 @@ class Probe:
 
                 # The latents of DDIM inversion at each timestep.
                 timesteps = [timestep for timestep in Schedule(50).inversion if timestep <= TIMESTEPS[-1]]
-                grid = torch.cat((torch.zeros(1), self.host.sigmas_at(self.model, timesteps, "benchmark")))
+                grid = torch.cat((torch.zeros(1), self.host.unet.sigmas_at(self.model, timesteps)))
 
                 def capture(step: dict) -> None:
                     levels = last()
@@ -108,7 +108,7 @@ class Probe:
                 invert(denoise, x, grid.to(x), 0, extra_args, capture)
             return x
 
-        self.host.run(self.model, probe, latent, sigmas[:1], prompt, node="benchmark")
+        self.host.run.run_sampler(self.model, probe, latent, sigmas[:1], prompt)
         return found
 
 

@@ -48,8 +48,8 @@ def test_stock_nodes_draw_what_the_caption_says(server):
 
 
 def test_blocks_of_tables_are_what_auto_injects(host_module, demo):
-    sites = host_module.sites_of(demo["model"], "auto", "auto", "test")
-    assert sites == host_module.sites_of(demo["model"], **BLOCKS, node="test")
+    sites = host_module.injection.sites_of(demo["model"], "auto", "auto")
+    assert sites == host_module.injection.sites_of(demo["model"], **BLOCKS)
     assert [str(site) for site in sites if site.kind == "resnet"] == ["resnet.0.0", "resnet.1.0", "resnet.2.0"]
 
 

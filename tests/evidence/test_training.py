@@ -1,5 +1,6 @@
 """The recipe, on shapes: reproducible, continues where it stopped, and ComfyUI loads the same networks."""
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -237,9 +238,10 @@ def test_a_finished_training_only_writes_its_file(finished, tmp_path, monkeypatc
 
 
 @pytest.fixture
-def loaded(finished, host_module):
+def loaded(finished, nodes):
+    module = sys.modules[nodes["LoadDemoModel"].__module__]
     with torch.inference_mode():
-        yield host_module.load_demo(finished[0])
+        yield module.load_demo(finished[0])
 
 
 def test_comfyui_reads_captions_as_they_were_trained(finished, loaded):

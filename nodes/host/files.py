@@ -11,6 +11,9 @@ from pathlib import Path, PureWindowsPath
 
 import folder_paths
 
+from .errors import NodeError
+from .status import format_bytes
+
 KINDS = ("input", "output", "temp")  # the host's folders, as it annotates names: "clip.mp4 [output]"
 SUBFOLDER = "cove"  # of `filename_prefix`, by default
 
@@ -19,13 +22,13 @@ SUBFOLDER = "cove"  # of `filename_prefix`, by default
 
 
 def _stays_inside(name: str) -> bool:
-    """Whether a relative name stays in its folder as far as its spelling tells, on every system by Windows' rules."""
+    """Return whether the spelling of a relative name stays in its folder, on every system by Windows' rules."""
     spelled = PureWindowsPath(name)
     return bool(spelled.parts) and not spelled.anchor and ".." not in spelled.parts and "\0" not in name
 
 
 def _resolve(root: str, *parts: str) -> Path | None:
-    """The path with every link resolved; None when it leads out of `root`, or is no name for this system."""
+    """Return the path with every link resolved; None if it leads out of `root` or is no name on this system."""
     try:
         path = Path(os.path.realpath(os.path.join(root, *parts)))
     except (OSError, ValueError):
@@ -36,14 +39,13 @@ def _resolve(root: str, *parts: str) -> Path | None:
 # --- reading ---
 
 
-def path_of(name: str | None, node: str, folders: bool = False) -> Path:
+def path_of(name: str | None, folders: bool = False) -> Path:
     """Return the path of the file that a node's input names, with links resolved.
 
     Names are relative to the input folder, or to the folder in the host's annotation.
 
     Args:
         name: as a client of the API sent it.
-        node: display name, for errors.
         folders: also accept a folder. It must hold no link that leads out.
 
     Raises:
@@ -51,7 +53,7 @@ def path_of(name: str | None, node: str, folders: bool = False) -> Path:
     """
     what = "file or folder" if folders else "file"
     if not isinstance(name, str):
-        raise ValueError(f"{node}: expected the name of a {what} in ComfyUI's input folder, got {name!r:.200}.")
+        raise ValueError(f"expected the name of a {what} in ComfyUI's input folder, got {name!r:.200}.")
     bare, _ = folder_paths.annotated_filepath(name)
     kind = next((kind for kind in KINDS if name.endswith(f"[{kind}]")), KINDS[0])
     root = folder_paths.get_directory_by_type(kind)
@@ -60,7 +62,7 @@ def path_of(name: str | None, node: str, folders: bool = False) -> Path:
         path = _resolve(root, bare) if _stays_inside(bare) else None
         if path is None:
             raise ValueError(
-                f"{node}: {bare!r:.200} does not name a {what} inside ComfyUI's {kind} folder. Absolute paths, drive "
+                f"{bare!r:.200} does not name a {what} inside ComfyUI's {kind} folder. Absolute paths, drive "
                 f'letters, ".." and links that lead out of the folder are refused. Copy the {what} into it, or start '
                 f"ComfyUI with --{kind}-directory."
             )
@@ -73,27 +75,27 @@ def path_of(name: str | None, node: str, folders: bool = False) -> Path:
                 links = [entry.name for entry in entries if entry.is_symlink()]
         except OSError as error:
             raise ValueError(
-                f"{node}: the folder {name!r:.200} cannot be read ({error.strerror}). Change its permissions, or "
+                f"the folder {name!r:.200} cannot be read ({error.strerror}). Change its permissions, or "
                 f"choose another."
             ) from error
         for link in links:
             contained(f"{bare}/{link}")
     elif not os.path.isfile(path):
         raise ValueError(
-            f"{node}: there is no {what} {name!r:.200} in ComfyUI's {kind} folder. Press R to refresh the list and "
+            f"there is no {what} {name!r:.200} in ComfyUI's {kind} folder. Press R to refresh the list and "
             f"choose another, or put it there."
         )
     return path
 
 
-def check_name(name: str | None, node: str, folders: bool = False) -> bool | str:
-    """For a node's validation: True when `path_of` finds the file, or the name is not known yet, else its error."""
+def check_name(name: str | None, node, folders: bool = False) -> bool | str:
+    """Return for a node's validation True if `path_of` finds the file or the name is not known yet, else its error."""
     if name is None:
         return True
     try:
-        path_of(name, node, folders)
+        path_of(name, folders)
     except ValueError as error:
-        return str(error)
+        return str(NodeError(node, error))
     return True
 
 
@@ -104,7 +106,7 @@ def state_of(name: str | None, files_in: Callable[[Path], Iterable[Path]] | None
         files_in: the files that count in a folder; without it, a folder is refused.
     """
     try:
-        path = path_of(name, "", files_in is not None)
+        path = path_of(name, files_in is not None)
         files = files_in(path) if files_in and path.is_dir() else [path]
         stats = [(str(file), file.stat()) for file in files]
     except (OSError, ValueError):  # `execute` says what is wrong
@@ -113,7 +115,7 @@ def state_of(name: str | None, files_in: Callable[[Path], Iterable[Path]] | None
 
 
 def listed(root: str, folder: str = "", ending: str = "") -> list[tuple[str, bool]]:
-    """What lies directly in a folder of `root`: names relative to `root`, and whether each is a folder.
+    """List a folder of `root`: names relative to `root`, and whether each is a folder.
 
     Hidden entries are left out, and links that lead nowhere or out of `root`. A folder that cannot be read is empty,
     because the page needs its lists to load.
@@ -134,7 +136,7 @@ def listed(root: str, folder: str = "", ending: str = "") -> list[tuple[str, boo
 
 
 def list_saved(ending: str) -> list[str]:
-    """Files with this ending, newest first, as the host annotates them.
+    """List files with this ending, newest first, as the host annotates them.
 
     Looks directly in the output and input folders and in the subfolder `cove` of each, and nowhere else: the list is
     made at every page load and every queue.
@@ -152,12 +154,12 @@ def list_saved(ending: str) -> list[str]:
 # --- writing ---
 
 
-def output_path(prefix: str, ending: str, node: str) -> Path:
+def output_path(prefix: str, ending: str) -> Path:
     """Return a new numbered name in ComfyUI's output folder, and make its folder."""
     root = folder_paths.get_output_directory()
     if _stays_inside(prefix):
         parts = list(PureWindowsPath(prefix).parts)
-        with saving(node):
+        with saving():
             # The host fills in %year% and its like, but makes folders as well, wherever a link leads: one part at a
             # time makes none.
             parts = [folder_paths.get_save_image_path(part, root)[1] if "%" in part else part for part in parts]
@@ -165,25 +167,23 @@ def output_path(prefix: str, ending: str, node: str) -> Path:
                 folder, name, counter, _, _ = folder_paths.get_save_image_path("/".join(parts), root)
                 return Path(folder) / f"{name}_{counter:05}_{ending}"
     raise ValueError(
-        f"{node}: filename_prefix {prefix!r:.200} does not name a file inside ComfyUI's output folder. Absolute paths, "
+        f"filename_prefix {prefix!r:.200} does not name a file inside ComfyUI's output folder. Absolute paths, "
         f'drive letters, ".." and links that lead out of the folder are refused. Choose a prefix such as '
         f'"{SUBFOLDER}/clip", or start ComfyUI with --output-directory.'
     )
 
 
 @contextmanager
-def saving(node: str) -> Iterator[None]:
-    """Around what writes a file: an error of the disk names the node, and says what to do."""
+def saving() -> Iterator[None]:
+    """Add what to do to errors of the disk within."""
     try:
         yield
     except OSError as error:
-        raise OSError(f"{node}: {error}. Make room, or choose another folder, and queue again.") from error
+        raise OSError(f"{error}. Make room, or choose another folder, and queue again.") from error
 
 
-def check_space(folder: Path, size: int, node: str) -> None:
-    """An error when `size` bytes do not fit."""
+def check_space(folder: Path, size: int) -> None:
+    """Raise when `size` bytes do not fit."""
     free = shutil.disk_usage(folder).free
     if size > free:
-        raise ValueError(
-            f"{node}: this takes {size / 2**30:.2f} GiB, but {free / 2**30:.2f} GiB are free in {folder}. Make room."
-        )
+        raise ValueError(f"this takes {format_bytes(size)}, but {format_bytes(free)} are free in {folder}. Make room.")

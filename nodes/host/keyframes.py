@@ -1,9 +1,9 @@
-"""Schedules that only go forward, in an inversion, where sigma climbs.
+"""Timestep keyframes of other nodes during an inversion, where sigma rises.
 
-Core's hook keyframes, Advanced-ControlNet's timestep keyframes and their like remember the keyframe they are at, and
-look for the next one as sigma falls. In an inversion they would jump to their last keyframe at the first step and stay
-there. So what they remember is put back before each noise level, and the evaluation is the first of a run that begins
-at that level: they then find what holds there, as they do when sampling begins halfway.
+ComfyUI's hook keyframes, Advanced-ControlNet's timestep keyframes and similar objects remember their current keyframe
+and look for the next one as sigma falls. In an inversion they would jump to their last keyframe at the first step and
+stay there. So their state is restored before each noise level, and each evaluation is the first of a run that begins at
+that level: they then find the keyframe that is valid there, as they do when sampling begins halfway.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from comfy.controlnet import ControlBase
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from .run_info import options_with
+from .options import options_with
 
 DEPTH = 16  # objects within objects that are looked at
 
 
 class Remembered:
-    """What objects that keep a place in a schedule hold, so that it can be put back.
+    """The state of objects that remember a keyframe, to be restored.
 
-    They are all ControlNets that are not the host's own, with the objects in them, and whatever holds a list of
-    things with a `start_percent`, itself or in an attribute.
+    These are all ControlNets that are not the host's own, with the objects in them, and every object that holds a list
+    of objects with a `start_percent`, itself or in an attribute.
     """
 
     def __init__(self, *roots: Any):
@@ -40,7 +40,7 @@ class Remembered:
     def __bool__(self) -> bool:
         return bool(self._held)
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         for thing, held in self._held.values():
             if isinstance(thing, list):
                 thing[:] = held
@@ -50,7 +50,7 @@ class Remembered:
                 inside.update(held)
 
     def _look(self, thing: Any, whole: bool, depth: int) -> None:
-        """whole: all that is in it is kept."""
+        """whole: keep the state of every object in it."""
         if depth == 0 or id(thing) in (self._held if whole else self._seen):
             return
         self._seen[id(thing)] = thing
@@ -73,12 +73,12 @@ class Remembered:
 
 
 def _is_hosts(thing: Any) -> bool:
-    """Whether an object is one of ComfyUI's own, a VAE for instance, which remembers nothing of a run's course."""
+    """Return whether an object is one of ComfyUI's own, such as a VAE, which keeps no state of a run."""
     return type(thing).__module__.partition(".")[0] == "comfy"
 
 
 def _has_schedule(thing: Any, remove: int = 1) -> bool:
-    """Whether an object holds a list of things with a `start_percent`, itself or in what it holds."""
+    """Return whether an object holds a list of objects with a `start_percent`, itself or in an attribute."""
     if isinstance(thing, _CLOSED) or not hasattr(thing, "__dict__"):
         return False
     for value in vars(thing).values():
@@ -93,12 +93,12 @@ def _is_keyframe(thing: Any) -> bool:
     return hasattr(thing, "start_percent")
 
 
-# Not looked into for objects that remember; a ModelPatcher for what is attached to it alone.
+# Not searched for objects that remember; of a ModelPatcher only the attachments are.
 _CLOSED = (Tensor, torch.nn.Module, ModelPatcher, ModuleType, FunctionType, MethodType, partial, type)
 
 
 def _inside(thing: Any) -> Iterator[Any]:
-    """The objects that an object, a container or a function holds."""
+    """Yield the objects that an object, a container or a function holds."""
     if isinstance(thing, dict):
         yield from thing.values()
     elif isinstance(thing, list | tuple | set | frozenset):
@@ -121,9 +121,9 @@ def _inside(thing: Any) -> Iterator[Any]:
 
 
 class Climbing:
-    """Keeps every schedule in a run at what holds at the noise level of each evaluation, while sigma climbs.
+    """Sets every keyframe schedule of a run to the noise level of each evaluation, while sigma rises.
 
-    Made when the run is ready for its first evaluation.
+    Create it when the run is ready for its first evaluation.
     """
 
     def __init__(self, guider, model_options: dict[str, Any]):
@@ -135,7 +135,7 @@ class Climbing:
         self._sigma: float | None = None
 
     def at(self, sigma: Tensor, model_options: dict[str, Any]) -> dict[str, Any]:
-        """The model_options for an evaluation at `sigma`, 0-dimensional."""
+        """Return the model_options for an evaluation at `sigma`, a scalar tensor."""
         if not self._remembered:
             return model_options
         run = model_options["transformer_options"]["sample_sigmas"]
@@ -143,7 +143,7 @@ class Climbing:
         if float(sigma) != self._sigma:
             self._sigma = float(sigma)
             before = [hook.strength for hook in self._hooks]
-            self._remembered.put_back()
+            self._remembered.restore()
             for hook in self._hooks:
                 # A hook takes a level for the one it is at already if it was the last of another run.
                 for level in (sigma.new_tensor(math.inf), sigma):

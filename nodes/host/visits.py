@@ -1,7 +1,7 @@
-"""Which sites in the UNet were visited: whoever counts on a site notices when another node skipped it.
+"""Which sites of the UNet were visited, to notice when another node skips some.
 
-Step caches (EasyCache, TeaCache, DeepCache and the like) answer for the UNet, or for some of its blocks, from earlier
-steps. Features are then neither taken nor put back, and nothing else would show it.
+Step caches (EasyCache, TeaCache, DeepCache and similar) reuse outputs of the UNet, or of some of its blocks, from
+earlier steps. Features are then neither captured nor injected, and nothing else would show it.
 """
 
 from __future__ import annotations
@@ -12,27 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-# Core's step caches, by the key of their wrappers.
-STEP_CACHES = {"easycache": "EasyCache", "lazycache": "LazyCache"}
-
-
-def check_no_step_cache(wrappers: Mapping[str, Mapping[str, Any]], node: str) -> None:
-    """An error, before a run, when one of core's step caches is among the wrappers of a MODEL."""
-    keys = {key for some in wrappers.values() for key, made in some.items() if made}
-    for key, cache in STEP_CACHES.items():
-        if key in keys:
-            raise ValueError(
-                f"{node}: {cache} skips evaluations of the UNet, and {node} needs every one. Remove {cache} from this "
-                f"model; it can stay on a model for sampling alone."
-            )
-
-
-def skipped(node: str, sigma: float, what: str = "the UNet or some of its blocks") -> ValueError:
-    """The error for a site that was not visited."""
-    return ValueError(
-        f"{node}: at sigma {sigma:.4g} {what} did not run, because another node on this model skips evaluations (a "
-        f"step cache such as EasyCache, TeaCache or DeepCache). Remove that node from this model."
-    )
+from .checks import skipped
 
 
 @dataclass(eq=False)
@@ -44,14 +24,14 @@ class Visits:
     def add(self, site: Hashable, options: Mapping[str, Any]) -> None:
         self.seen.update((site, uuid) for uuid in options["uuids"])
 
-    def check(self, sites: Collection[Hashable], conds, timestep: Tensor, node: str) -> None:
-        """An error when a conditioning that runs at `timestep`, which is sigma, did not visit every one of `sites`."""
+    def check(self, sites: Collection[Hashable], conds, timestep: Tensor, node) -> None:
+        """Raise when a conditioning that runs at `timestep`, which is sigma, did not visit every one of `sites`."""
         if not self.seen >= {(site, uuid) for site in sites for uuid in _running(conds, timestep)}:
-            raise skipped(node, float(timestep[0]))
+            raise skipped(float(timestep[0]), node)
 
 
 def _running(conds: Iterable[list[dict] | None], timestep: Tensor) -> set:
-    """The uuids of the conditionings that the host runs at `timestep`."""
+    """Return the uuids of the conditionings that the host runs at `timestep`."""
     sigma = timestep[0]
     return {
         cond["uuid"]
@@ -69,7 +49,7 @@ class Evaluations:
     A node that answers for the whole evaluation (LazyCache) leaves no visits to look at.
     """
 
-    def __init__(self, guider, counts_on: Callable[[float], bool], node: str):
+    def __init__(self, guider, counts_on: Callable[[float], bool], node):
         """counts_on: whether the node has something to do at a sigma."""
         vars(self).update(guider=guider, counts_on=counts_on, node=node, arrived=False)
 
@@ -78,7 +58,7 @@ class Evaluations:
         denoised = self.guider(x, timestep, *args, **kwargs)
         sigma = float(timestep[0])
         if self.counts_on(sigma) and not self.arrived:
-            raise skipped(self.node, sigma, "the model")
+            raise skipped(sigma, self.node, "the model")
         return denoised
 
     def arrive(self) -> None:

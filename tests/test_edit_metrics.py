@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cove import report
-from cove.report import edit_columns, plot, summary, table
+from cove import metrics
+from cove.draw import plot
+from cove.metrics import format_table, measure_edit, summarize_edit
 from tests.method_helpers import randn
 
 pytest.importorskip("cv2")
@@ -28,45 +29,46 @@ def noise():
     return NOISE * randn(FRAMES, HEIGHT, WIDTH, 3, seed=3)
 
 
-def test_an_edit_that_moves_with_the_source_is_as_steady(moving):
-    columns = edit_columns(moving, 1 - moving)
-    assert summary(columns) == "Motion taken out, frames differ 1.00 times as much as the source's own do."
+def test_measure_edit_finds_an_edit_that_moves_with_the_source_as_steady(moving):
+    columns = measure_edit(moving, 1 - moving)
+    assert summarize_edit(columns) == "Motion taken out, frames differ 1.00 times as much as the source's own do."
     assert list(columns) == ["PSNR", "SSIM", "warping error", "of the source"]
     assert all(len(column) == FRAMES for column in columns.values())
     assert math.isnan(columns["warping error"][-1]) and not math.isnan(columns["warping error"][-2])
     assert columns["of the source"][0] < 1e-4 < (moving[1] - moving[0]).square().mean()
 
 
-def test_noise_of_its_own_in_each_frame_is_what_is_found(moving, noise):
-    columns = edit_columns(moving, moving + noise)
+def test_measure_edit_finds_noise_of_each_frame(moving, noise):
+    columns = measure_edit(moving, moving + noise)
     # Two draws, one of them interpolated; whole steps leave it as it is, and the flow is near them.
     assert columns["warping error"][0] == pytest.approx(2 * NOISE**2, rel=0.25)
     assert columns["PSNR"][1] == pytest.approx(-20 * math.log10(NOISE), abs=0.2)
     assert columns["warping error"][0] > 5 * columns["of the source"][0]
 
 
-def test_summary_divides_the_means():
+def test_summarize_edit_divides_the_means():
     columns = {"warping error": [0.3, 0.1, math.nan], "of the source": [0.05, 0.11, math.nan]}
-    assert "2.50 times as much" in summary(columns)
+    assert "2.50 times as much" in summarize_edit(columns)
     still = columns | {"of the source": [0.0, 0.0, math.nan]}
-    assert summary(still) == "The source's frames do not differ, motion taken out; those of the edit do by 0.200000."
+    text = "The source's frames do not differ, motion taken out; those of the edit do by 0.200000."
+    assert summarize_edit(still) == text
 
 
-def test_missing_libraries_are_named_together(monkeypatch):
-    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
+def test_check_libraries_names_all_that_are_missing(monkeypatch):
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install opencv-python-headless matplotlib"):
-        report.check_libraries()
+        metrics.check_libraries()
 
 
-def test_progress_counts_pairs(moving):
+def test_measure_edit_reports_progress_in_pairs(moving):
     seen = []
-    edit_columns(moving, moving, lambda *counted: seen.append(counted))
+    measure_edit(moving, moving, lambda *counted: seen.append(counted))
     assert seen == [(i + 1, FRAMES - 1) for i in range(FRAMES - 1)]
 
 
-def test_table_lines_up():
-    lines = table({"a PSNR": [12.34, math.inf], "share": [0.5, math.nan]}).splitlines()
-    assert "0.000123" in table({"warping error": [0.0001234]})
+def test_format_table_lines_up():
+    lines = format_table({"a PSNR": [12.34, math.inf], "share": [0.5, math.nan]}).splitlines()
+    assert "0.000123" in format_table({"warping error": [0.0001234]})
     assert lines == [
         "frame  a PSNR   share",
         "    0    12.3  0.5000",
@@ -75,10 +77,10 @@ def test_table_lines_up():
     ]
 
 
-def test_one_frame_has_no_next(moving):
-    columns = edit_columns(moving[:1], moving[:1])
-    assert math.isnan(columns["warping error"][0]) and summary(columns).startswith("Nothing to compare")
-    assert table(columns).splitlines()[-1].split()[-1] == "-"
+def test_measure_edit_of_one_frame(moving):
+    columns = measure_edit(moving[:1], moving[:1])
+    assert math.isnan(columns["warping error"][0]) and summarize_edit(columns).startswith("Nothing to compare")
+    assert format_table(columns).splitlines()[-1].split()[-1] == "-"
 
 
 def test_plot_shows_every_curve():

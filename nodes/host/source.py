@@ -1,9 +1,9 @@
-"""The source branch: the inverted clip, run through the UNet beside the edit, on its own latents and prompt."""
+"""The source branch: the inverted clip runs through the UNet beside the edit, with its own latents and prompt."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,53 +13,51 @@ import comfy.samplers
 from torch import Tensor
 
 from ...cove.inversion import Inversion
-from .format import format_sigmas
-from .frames import check_no_reference, check_rows, cut_conds, frames_in
-from .run_info import area_of, options_with
-from .start import start_warnings
-
-# In transformer_options, for the calls of the UNet within: what takes or gives features (Feature Injection), what
-# stands in for self-attention (TokenFlow), and whether the call is of a source branch.
-FEATURES, ATTENTION, RUNNING = "cove_features", "cove_attention", "cove_source_running"
+from . import options
+from .batch import cut_conds
+from .checks import check_conditioning, check_no_reference
+from .errors import NodeError
+from .noise import start_warnings
+from .options import frames_in, options_with
+from .status import format_sigmas, report_status
 
 
 @dataclass(frozen=True, eq=False)
 class SourceBranch:
     """What a node needs to run the source. Nothing in it changes in a run.
 
+    conditioning: the source prompt; None if there is none.
     key: of the node's wrappers; the prompt made ready for a run is published under it.
-    conditioning: the source prompt; None when there is none.
-    report: shows a line to the user, as `report_status` does.
+    node: the node's class.
     """
 
     inversion: Inversion
     conditioning: list | None
     key: str
-    node: str
-    report: Callable[..., None]
+    node: type
 
     def __deepcopy__(self, memo: dict) -> SourceBranch:
         """Itself: MODEL.clone() copies its options deeply, and an inversion is large."""
         return self
 
     def load_with(self, model) -> None:
-        """Have the ControlNets of the prompt loaded whenever this clone of MODEL is."""
+        """Load the ControlNets of the prompt whenever this clone of MODEL is loaded."""
         if self.conditioning is not None:
             conds = {"source": comfy.sampler_helpers.convert_cond(self.conditioning)}
             nets, _ = comfy.sampler_helpers.get_additional_models(conds, model.model_dtype())
             model.set_additional_models(self.key, nets)
 
     def check_clip(self, noise: Tensor) -> None:
-        """An error when other latents are sampled than the inversion is of."""
+        """Raise when latents of another shape are sampled than those inverted."""
         if noise.shape != self.inversion.clip.shape:
-            raise ValueError(
-                f"{self.node}: the inversion is of latents {list(self.inversion.clip.shape)}, but {list(noise.shape)} "
-                f"are sampled. Give the sampler the noise of the same inversion."
+            raise NodeError(
+                self.node,
+                f"the inversion is of latents {list(self.inversion.clip.shape)}, but {list(noise.shape)} are sampled. "
+                f"Connect the noise of the same inversion to the sampler.",
             )
 
     def warn_of_start(self, guider, sigma: Tensor, noise: Tensor, latent_image: Tensor) -> None:
-        """A warning when a run starts at `sigma` from other latents than the noise of this inversion, or attends
-        otherwise."""
+        """Warn when a run starts at `sigma` from other latents than this inversion's noise, or with other attention."""
         start = guider.inner_model.model_sampling.noise_scaling(sigma, noise, latent_image, False)
         warnings = start_warnings(start, float(sigma), self.inversion.about, guider.model_options)
         inverted = self.inversion.noise.to(start)
@@ -67,20 +65,20 @@ class SourceBranch:
         if not warnings and ends_here and (start - inverted).norm() > 0.05 * inverted.norm():
             warnings.append("sampling starts from other latents than the noise of this inversion")
         if warnings:
-            self.report("; ".join(warnings), logging.WARNING)
+            report_status(self.node, "; ".join(warnings), logging.WARNING)
 
     def check_prompt(self) -> None:
         """Raise when the source cannot run beside an edit: as `check_source_prompt`, or its prompt has hooks."""
-        check_source_prompt(self.inversion, self.conditioning, self.node)
+        check_source_prompt(self.inversion, self.conditioning)
         if any(extras.get("hooks") for _, extras in self.conditioning):
             raise ValueError(
-                f"{self.node}: the source prompt carries hooks (a LoRA on the prompt), which the host does not load "
-                f"for a source that runs beside the edit. Put the LoRA on the model."
+                "the source prompt carries hooks (a LoRA on the prompt), which ComfyUI does not load for a source that "
+                "runs beside the edit. Put the LoRA on the model."
             )
 
     @contextmanager
     def ready(self, guider, extra_args: dict[str, Any], noise: Tensor) -> Iterator[dict[str, Any]]:
-        """For a run: its extra_args, with the prompt made ready as the host makes ready those of the guider."""
+        """Yield the extra_args of a run with the prompt made ready as the host prepares those of the guider."""
         conds = {"positive": comfy.sampler_helpers.convert_cond(self.conditioning)}
         try:
             # Inpainting models look at the latents for their size, as they did in the inversion.
@@ -92,19 +90,20 @@ class SourceBranch:
             comfy.sampler_helpers.cleanup_models(conds, [])
 
     def step_at(self, sigma: float) -> int:
-        """The sampling step at `sigma`; an error for a sampler that evaluates the model elsewhere."""
+        """Return the sampling step at `sigma`; raise for a sampler that evaluates the model elsewhere."""
         self.check_meets([sigma])
         return self.inversion.step_at(sigma)
 
     def check_meets(self, sigmas: list[float]) -> None:
-        """An error when sampling evaluates the model where the source is not known."""
+        """Raise when sampling evaluates the model where the source is not known."""
         missed = [sigma for sigma in sigmas if self.inversion.step_at(sigma) is None]
         if missed:
             known = self.inversion.sigmas[1:].flip(0).tolist()
-            raise ValueError(
-                f"{self.node}: expected the sigmas of the inversion ({format_sigmas(known)}), got "
-                f"{format_sigmas(sigmas)}; {len(missed)} of {len(sigmas)} do not match. Sample with DDIM Sampler, or "
-                "with the sampler and the sigmas of DDIM Sampler (for SamplerCustomAdvanced)."
+            raise NodeError(
+                self.node,
+                f"expected the sigmas of the inversion ({format_sigmas(known)}), got {format_sigmas(sigmas)}; "
+                f"{len(missed)} of {len(sigmas)} do not match. Sample with DDIM Sampler, or with the sampler and the "
+                f"sigmas of DDIM Sampler (for SamplerCustomAdvanced).",
             )
 
     def run(self, executor, model, step: int, x_in: Tensor, timestep: Tensor, model_options, **published) -> None:
@@ -114,31 +113,17 @@ class SourceBranch:
         if frames is not None:
             latents, prompt = latents[list(frames)], cut_conds(prompt, range(clip), frames, clip)
         # Nothing of what is done to the edit is done to the source.
-        published = {FEATURES: None, ATTENTION: None, RUNNING: True, **published}
+        plain = {options.FEATURES: None, options.SELF_ATTENTION: None, options.SOURCE_RUNNING: True}
+        published = {**plain, **published}
         executor(model, prompt, latents.to(x_in), timestep, options_with(model_options, **published))
 
 
-def check_source_prompt(inversion: Inversion, conditioning, node: str) -> None:
-    """Raise when the source cannot be run: no prompt, a reference ControlNet, or rows of another clip's frames."""
+def check_source_prompt(inversion: Inversion, conditioning) -> None:
+    """Raise when the source cannot run: no prompt, a reference ControlNet, or rows of another clip's frames."""
     if conditioning is None:
         raise ValueError(
-            f"{node}: expected the source prompt, which this inversion does not hold (it had a ControlNet, an area, or "
-            f"several entries). Connect the conditioning of DDIM Inversion."
+            "expected the source prompt, which this inversion does not hold (it had a ControlNet, an area, or several "
+            "entries). Connect the conditioning of DDIM Inversion."
         )
-    conds = comfy.sampler_helpers.convert_cond(conditioning)
-    check_no_reference(conds, node)
-    check_rows(conds, inversion.frames, node)
-
-
-def check_one_prompt(options: dict[str, Any], node: str, before: Any = None) -> Any:
-    """The uuid of what runs as the source; an error when that is more than one prompt for the whole picture.
-
-    before: the uuid that ran before it, if any: where memory is short, the host runs conditionings one after another.
-    """
-    uuids = options["uuids"]
-    if len(uuids) != 1 or before not in (None, uuids[0]) or area_of(options, uuids[0]) is not None:
-        raise ValueError(
-            f"{node}: features can be taken of one source prompt for the whole picture, but several conditionings or "
-            f"one with an area ran. Use a plain prompt."
-        )
-    return uuids[0]
+    check_no_reference(comfy.sampler_helpers.convert_cond(conditioning))
+    check_conditioning(conditioning, inversion.frames)

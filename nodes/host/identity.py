@@ -1,4 +1,4 @@
-"""What an inversion belongs to: the model, the clip, the prompt, and all else that decides it."""
+"""What an inversion belongs to: the model, the clip, the prompt, and everything else that decides it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch import Tensor
 from ...cove import __version__
 from ...cove.fingerprint import fingerprint
 from ...cove.inversion import FORMAT, Inversion
-from .model import sampling_name
-from .sampling import check_channels
+from .checks import check_channels
+from .unet import sampling_name
 
 
 def model_fingerprint(model) -> str:
-    """Of the UNet's shape and a sample of its weights as they were loaded, whatever LoRA is on it now."""
+    """Fingerprint the UNet's shapes and a sample of its weights as loaded, whatever LoRA is on it now."""
     weights = dict(model.model.diffusion_model.named_parameters())
     shapes = {name: list(weight.shape) for name, weight in weights.items()}
     sample = {}
@@ -33,9 +33,9 @@ def model_fingerprint(model) -> str:
 
 
 def run_fingerprint(model, conditioning, samples: Tensor, sigmas: Tensor, refinements: int) -> str:
-    """Of everything that decides the latents of an inversion.
+    """Fingerprint everything that decides the latents of an inversion.
 
-    What cannot be read is never the same twice, so that an inversion which it decides begins anew after a break.
+    An object that cannot be read never has the same fingerprint twice, so that its inversion is not resumed.
     """
     things = (model_fingerprint(model), model, conditioning, samples, sigmas, refinements, __version__, FORMAT)
     try:
@@ -61,7 +61,7 @@ MOST = 10_000  # objects, a few seconds; an SDXL MODEL with a ControlNet holds s
 
 
 class _Contents:
-    """What stands for an object in a fingerprint: what it is made of, else a name that nothing else ever has."""
+    """A hashable stand-in for an object: its content if readable, else a unique id."""
 
     def __init__(self, model):
         self.count = 0
@@ -97,7 +97,7 @@ class _Contents:
         return self._parts(thing)
 
     def _parts(self, thing: Any) -> Any:
-        """An object as pickling takes it apart, and its attributes."""
+        """Return what pickling would save of an object, and its attributes."""
         try:
             made = thing.__reduce_ex__(4)
         except Exception:  # whatever it raises: it says that it cannot be taken apart
@@ -108,7 +108,7 @@ class _Contents:
         return type(thing), how, arguments, state, list(items or ()), list(pairs or ()), vars_of(thing)
 
     def _function(self, function: FunctionType) -> Any:
-        """Its code, what it closes over and what of its module it reads, if that is a plain value."""
+        """Return its code, its closure, and the plain values of its module that it reads."""
         reads = {name: function.__globals__.get(name) for name in function.__code__.co_names}
         plain = {name: value for name, value in reads.items() if isinstance(value, bool | int | float | str | Tensor)}
         held = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
@@ -116,7 +116,7 @@ class _Contents:
         return name, function.__code__, function.__defaults__, function.__kwdefaults__, held, plain, vars_of(function)
 
     def _network(self, network: torch.nn.Module) -> Any:
-        """Its classes, a sample of its weights, and the settings of those of its modules that are not the host's."""
+        """Return its classes, a sample of its weights, and the settings of its modules that are not the host's."""
         sample = {}
         for name, weight in (*network.named_parameters(), *network.named_buffers()):
             weight = self.unpatched.get(id(weight), weight)
@@ -147,7 +147,7 @@ def vars_of(thing: Any) -> dict[str, Any]:
 
 
 def source_prompt(conditioning) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """A CONDITIONING as tensors and plain values; None when it holds more: several entries, areas, a ControlNet."""
+    """Return a CONDITIONING as tensors and plain values; None if it has several entries, areas or a ControlNet."""
     if len(conditioning) != 1:
         return None
     text, extras = conditioning[0]
@@ -161,34 +161,33 @@ def source_prompt(conditioning) -> tuple[dict[str, Tensor], dict[str, Any]] | No
 
 
 def conditioning_of(inversion: Inversion) -> list | None:
-    """The source prompt that an inversion holds, as a CONDITIONING; None when it holds none."""
+    """Return the source prompt that an inversion holds, as a CONDITIONING; None if it holds none."""
     if "cond" not in inversion.conditioning:
         return None
     extras = {name: tensor for name, tensor in inversion.conditioning.items() if name != "cond"}
     return [[inversion.conditioning["cond"], {**extras, **inversion.about["prompt"]}]]
 
 
-def check_fits(inversion: Inversion, model, node: str, latent: Mapping[str, Any] | None = None) -> None:
-    """An error when an inversion was made with another model, or of another clip than the one given."""
-    check_channels(model, inversion.clip, node)
+def check_fits(inversion: Inversion, model, latent: Mapping[str, Any] | None = None) -> None:
+    """Raise when an inversion was made with another model, or of another clip than the one given."""
+    check_channels(model, inversion.clip)
     if inversion.about.get("model") != model_fingerprint(model):
         raise ValueError(
-            f"{node}: this inversion was made with another checkpoint than the one connected (or with another model "
-            f"sampling, or in another precision, bf16 or fp16). Load the checkpoint as it was then, or invert the clip "
-            f"again."
+            "this inversion was made with another checkpoint than the one connected (or with another model sampling, "
+            "or in another precision, bf16 or fp16). Load the checkpoint as it was then, or invert the clip again."
         )
     if latent is None:
         return
     clip = model.get_model_object("latent_format").process_in(latent["samples"].float().cpu())
     if clip.shape != inversion.clip.shape:
         raise ValueError(
-            f"{node}: this inversion is of latents {list(inversion.clip.shape)}, but the clip connected has "
+            f"this inversion is of latents {list(inversion.clip.shape)}, but the clip connected has "
             f"{list(clip.shape)}. Load the same frames at the same size."
         )
     # An autoencoder in half precision does not give the same twice on every machine.
     changed = (clip - inversion.clip).flatten(1).norm(dim=1) > 0.05 * inversion.clip.flatten(1).norm(dim=1)
     if changed.any():
         raise ValueError(
-            f"{node}: this inversion is of another clip: frames {changed.nonzero().flatten().tolist()[:8]} differ. "
+            f"this inversion is of another clip: frames {changed.nonzero().flatten().tolist()[:8]} differ. "
             f"Load the same frames, or invert the clip again."
         )

@@ -1,39 +1,36 @@
-"""Features taken from the decoder while the UNet runs, and put back there while it runs on something else."""
+"""Features captured in the decoder while the UNet runs, and injected while it runs on something else."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import comfy.patcher_extension
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...cove.injection import ATTENTION, RESNET, Site, choose_blocks, inject_features
 from ...cove.inversion import SIGMA_TOLERANCE, Inversion
-from .frames import frames_in
-from .model import block_levels, grid_at, transformers_of, unet_of
-from .run_info import area_of, latent_size, options_with, publish_run, sigma_of
-from .sampling import check_not_compiled
-from .source import FEATURES, RUNNING, SourceBranch, check_one_prompt
-from .visits import Evaluations, Visits, check_no_step_cache, skipped
-
-KEY, COMPUTED = "cove_injection", "cove_injection_computed"
-
-WRAPPERS = comfy.patcher_extension.WrappersMP
-
+from . import options
+from .checks import check_no_step_cache, check_not_compiled, check_without, one_prompt, other_tokens, skipped
+from .errors import NodeError, naming
+from .options import Frames, frames_in, options_with, run_info
+from .run import publish_run
+from .source import SourceBranch
+from .unet import block_levels, grid_at, transformers_of, unet_of
+from .visits import Evaluations, Visits
 
 # --- sites ---
 
 
-def sites_of(model, resnet_blocks: str, attention_blocks: str, node: str) -> tuple[Site, ...]:
-    """The sites in MODEL's decoder that the texts name."""
-    unet = unet_of(model, node)
+def sites_of(model, resnet_blocks: str, attention_blocks: str) -> tuple[Site, ...]:
+    """Return the sites in MODEL's decoder that the texts name."""
+    unet = unet_of(model)
     decoder = unet.output_blocks
     levels = [level for (part, _), level in block_levels(unet).items() if part == "output"]
     transformers = {number: len(transformers_of(block)) for number, block in enumerate(decoder)}
@@ -42,17 +39,14 @@ def sites_of(model, resnet_blocks: str, attention_blocks: str, node: str) -> tup
         ATTENTION: [number for number, count in transformers.items() if count],
     }
     texts = {RESNET: resnet_blocks, ATTENTION: attention_blocks}
-    try:
-        chosen = {kind: choose_blocks(kind, texts[kind], available[kind], levels) for kind in texts}
-    except ValueError as error:
-        raise ValueError(f"{node}: {error}") from error
+    chosen = {kind: choose_blocks(kind, texts[kind], available[kind], levels) for kind in texts}
     resnets = [Site(RESNET, block) for block in chosen[RESNET]]
     return (*resnets, *(Site(ATTENTION, block, i) for block in chosen[ATTENTION] for i in range(transformers[block])))
 
 
-def bytes_of(model, sites: tuple[Site, ...], size: tuple[int, int], node: str) -> int:
-    """What the features of one frame take at one step, for latents of height and width `size`, in bytes."""
-    unet = unet_of(model, node)
+def bytes_of(model, sites: tuple[Site, ...], size: tuple[int, int]) -> int:
+    """Return the bytes of one frame's features at one step, for latents of height and width `size`."""
+    unet = unet_of(model)
     levels = block_levels(unet)
     numbers = 0
     for site in sites:
@@ -67,78 +61,74 @@ def bytes_of(model, sites: tuple[Site, ...], size: tuple[int, int], node: str) -
 # --- capture and injection in the UNet ---
 
 
-Frames = tuple[int, ...] | None  # those of the clip that the UNet runs on; None: all
-
-
 @dataclass(eq=False)
 class Capture:
-    """Collects what stands at some sites when the UNet runs on the frames of a clip, or on windows of it."""
+    """Collects the features at some sites when the UNet runs on the frames of a clip, or on windows of it."""
 
     sites: frozenset[str]
-    node: str
+    node: type
     captured: dict[Frames, dict[str, Tensor]] = field(default_factory=dict)
-    prompt: Any = None  # the uuid of the conditioning they were taken of
+    prompt: Any = None  # the uuid of the conditioning that ran
 
     def forget(self) -> None:
-        """What was taken; the next pass of the UNet is of other latents."""
+        """Drop what was captured: the next pass of the UNet is of other latents."""
         self.captured, self.prompt = {}, None
 
     def check(self, sigma: float) -> None:
-        """An error when a site was not visited."""
-        if not self.captured or any(self.sites - taken.keys() for taken in self.captured.values()):
-            raise skipped(self.node, sigma)
+        """Raise when a site was not visited."""
+        if not self.captured or any(self.sites - features.keys() for features in self.captured.values()):
+            raise skipped(sigma, self.node)
 
     def whole_clip(self, sigma: float) -> dict[str, Tensor]:
-        """What was taken of the whole clip at once."""
+        """Return what was captured of the whole clip at once."""
         self.check(sigma)
         if self.captured.keys() != {None}:
-            raise ValueError(
-                f"{self.node}: features cannot be stored with context windows, which run a frame several times. Remove "
-                f"the context windows from this model."
+            raise NodeError(
+                self.node,
+                "features cannot be stored with context windows, which run a frame several times. Remove the context "
+                "windows from this model.",
             )
         return self.captured[None]
 
-    def visit(self, site: Site, value: Tensor, options: dict[str, Any]) -> Tensor:
+    def visit(self, site: Site, value: Tensor, transformer_options: dict[str, Any]) -> Tensor:
         if str(site) in self.sites:
-            self.prompt = check_one_prompt(options, self.node, self.prompt)
+            self.prompt = one_prompt(transformer_options, self.prompt, self.node)
             # The first pass is the source's. Guidance such as PAG runs the UNet again with something changed in it.
-            self.captured.setdefault(frames_in(options), {}).setdefault(str(site), value)
+            self.captured.setdefault(frames_in(transformer_options), {}).setdefault(str(site), value)
         return value
 
 
 @dataclass(frozen=True, eq=False)
 class Inject:
-    """Puts features of the source in the place of those of every conditioning.
+    """Replaces the features of every conditioning by the source's.
 
     features: of the windows that will run, or of the whole clip; by the name of their site.
-    sites: the names of those that count on features.
+    sites: the names of those that expect features.
     """
 
     features: Mapping[Frames, Mapping[str, Tensor]]
     levels: Mapping[tuple[str, int], int]
     sites: frozenset[str]
-    node: str
+    node: type
     visits: Visits = field(default_factory=Visits)
 
-    def visit(self, site: Site, value: Tensor, options: dict[str, Any]) -> Tensor:
+    def visit(self, site: Site, value: Tensor, transformer_options: dict[str, Any]) -> Tensor:
         if str(site) not in self.sites:
             return value
-        features = self._of_frames(site, frames_in(options))
+        info, uuids = run_info(transformer_options), transformer_options["uuids"]
+        features = self._of_frames(site, frames_in(transformer_options))
         if features is None:
-            raise skipped(self.node, sigma_of(options), "some frames of the source")
-        self.visits.add(str(site), options)
-        whole = grid_at(latent_size(options), level := self.levels["output", site.block])
+            raise skipped(info.sigma, self.node, "some frames of the source")
+        self.visits.add(str(site), transformer_options)
+        whole = grid_at(info.latent_size, level := self.levels["output", site.block])
         if site.kind == ATTENTION and features.shape[1] != math.prod(whole):
-            raise ValueError(
-                f"Feature Injection: expected a grid of {whole[0]}x{whole[1]} tokens, got {features.shape[1]} tokens. "
-                f"Another node changes them (ToMe, HyperTile, Deep Shrink or the like); take it off this model."
-            )
+            raise other_tokens(f"{features.shape[1]} tokens", whole, self.node)
         rows = 1 if site.kind == ATTENTION else 2  # the axis of the height, channels last or first
         features = features.to(value.device)  # once for all conditionings
         grid = features.unflatten(1, whole) if site.kind == ATTENTION else features
         chunks = []
-        for chunk, uuid in zip(value.chunk(len(options["uuids"])), options["uuids"], strict=True):
-            area = area_of(options, uuid)
+        for chunk, uuid in zip(value.chunk(len(uuids)), uuids, strict=True):
+            area = info.area_of(uuid)
             part = grid
             if area is not None:
                 height, width = grid_at(area[:2], level)
@@ -148,7 +138,7 @@ class Inject:
         return torch.cat(chunks)
 
     def _of_frames(self, site: Site, frames: Frames) -> Tensor | None:
-        """Features of these frames, or those among the features of more frames: TokenFlow runs on keyframes alone."""
+        """Return features of these frames, also from those of more frames: TokenFlow may run on keyframes alone."""
         if frames is None or frames in self.features:
             return self.features.get(frames, {}).get(str(site))
         for known, features in self.features.items():
@@ -157,36 +147,38 @@ class Inject:
         return None
 
 
-def _self_attention(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]):
-    """An attn1 patch: query and key are projected from what is put back, value is not."""
-    features = options.get(FEATURES)
-    if features is None or options["block"][0] != "output":
+def _self_attention(query: Tensor, key: Tensor, value: Tensor, transformer_options: dict[str, Any]):
+    """Patch attn1: query and key are projected from the injected features, value is not."""
+    features = transformer_options.get(options.FEATURES)
+    if features is None or transformer_options["block"][0] != "output":
         return query, key, value
-    given = features.visit(Site(ATTENTION, options["block"][1], options["block_index"]), query, options)
-    return (query, key, value) if given is query else (given, given, value)
+    site = Site(ATTENTION, transformer_options["block"][1], transformer_options["block_index"])
+    injected = features.visit(site, query, transformer_options)
+    return (query, key, value) if injected is query else (injected, injected, value)
 
 
 def _resnets(executor, x, timesteps=None, context=None, y=None, control=None, transformer_options=None, **kwargs):
-    """Around one call of the UNet: hooks at the end of every ResNet branch of the decoder."""
-    options = transformer_options or {}
-    features = options.get(FEATURES)
+    """Wrap one call of the UNet: hooks at the end of every ResNet branch of the decoder."""
+    features = (transformer_options or {}).get(options.FEATURES)
     with ExitStack() as hooks:
         for number, block in enumerate(executor.class_obj.output_blocks if features is not None else ()):
             if isinstance(block[0], ResBlock):
-                at = partial(_at_resnet, features, Site(RESNET, number), options)
+                at = partial(_at_resnet, features, Site(RESNET, number), transformer_options)
                 hooks.callback(block[0].out_layers[-1].register_forward_hook(at).remove)
         return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
 
 
-def _at_resnet(features: Capture | Inject, site: Site, options: dict[str, Any], module, args, output: Tensor) -> Tensor:
-    return features.visit(site, output, options)
+def _at_resnet(
+    features: Capture | Inject, site: Site, transformer_options: dict[str, Any], module, args, output: Tensor
+) -> Tensor:
+    return features.visit(site, output, transformer_options)
 
 
 def with_sites(model):
-    """A clone of MODEL that takes or gives features in those calls whose transformer_options say so."""
+    """Return a clone of MODEL that captures or injects features in calls whose transformer_options say so."""
     model = model.clone()
     model.set_model_attn1_patch(_self_attention)
-    model.add_wrapper_with_key(WRAPPERS.DIFFUSION_MODEL, KEY, _resnets)
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, options.INJECTION, _resnets)
     publish_run(model)
     return model
 
@@ -196,7 +188,7 @@ def with_sites(model):
 
 @dataclass(frozen=True, eq=False)
 class _Injection:
-    """What Feature Injection was set to. Nothing in it changes in a run."""
+    """Settings of Feature Injection. Nothing in it changes in a run."""
 
     source: SourceBranch
     sites: tuple[Site, ...]
@@ -208,7 +200,7 @@ class _Injection:
         return self.source.inversion
 
     def active(self, kind: str, sigma: float) -> bool:
-        """Whether a call at `sigma` belongs to the first steps of sampling, wherever the run starts."""
+        """Return whether a call at `sigma` belongs to the first steps of sampling, wherever the run starts."""
         steps = self.steps[kind]
         return steps > 0 and sigma >= float(self.inversion.sigmas[-steps]) * (1 - SIGMA_TOLERANCE)
 
@@ -217,7 +209,7 @@ class _Injection:
         return stored if names <= stored.keys() else None
 
     def needs_source(self, sample_sigmas: Tensor) -> bool:
-        """Whether some features of this run are not stored."""
+        """Return whether some features of this run are not stored."""
         for sigma in map(float, sample_sigmas[:-1]):
             names = self.names_at(sigma)
             if names and self.stored_for(self.inversion.step_at(sigma), names) is None:
@@ -234,45 +226,42 @@ def inject(
     sites: tuple[Site, ...],
     shares: Mapping[str, float],
     conditioning,
-    node: str,
-    report: Callable[..., None],
+    node,
 ):
     """Return a clone of MODEL that injects features of the inverted clip during the first sampling steps.
 
     Args:
         shares: of the sampling steps, by kind of site.
     """
-    unet = unet_of(model, node)
-    if model.get_wrappers(WRAPPERS.CALC_COND_BATCH, KEY):
-        raise ValueError(f"{node}: expected a model without Feature Injection, got one with it. Take one of them off.")
+    unet = unet_of(model)
+    check_without(model, options.INJECTION)
     steps = {kind: inversion.schedule.share(share) for kind, share in shares.items()}
-    source = SourceBranch(inversion, conditioning, KEY, node, report)
+    source = SourceBranch(inversion, conditioning, options.INJECTION, node)
     injection = _Injection(source, sites, steps, block_levels(unet))
     model = with_sites(model)
     source.load_with(model)
-    model.add_wrapper_with_key(WRAPPERS.OUTER_SAMPLE, KEY, partial(_check_run, injection))
-    model.add_wrapper_with_key(WRAPPERS.SAMPLER_SAMPLE, KEY, partial(_with_source, injection))
-    model.add_wrapper_with_key(WRAPPERS.CALC_COND_BATCH, KEY, partial(_run_injected, injection))
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, options.INJECTION, partial(_check_run, injection))
+    model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, options.INJECTION, partial(_with_source, injection))
+    model.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, options.INJECTION, partial(_run_injected, injection))
     return model
 
 
 def _check_run(injection: _Injection, executor, noise: Tensor, latent_image, sampler, sigmas: Tensor, *args, **kwargs):
-    """Before a run: are these the clip and the grid of the inversion?"""
-    source = injection.source
-    check_not_compiled(executor.class_obj.model_patcher, source.node)
-    check_no_step_cache(executor.class_obj.model_options["transformer_options"].get("wrappers", {}), source.node)
-    source.check_clip(noise)
-    wanted = [sigma for sigma in map(float, sigmas[:-1]) if injection.names_at(sigma)]
-    source.check_meets(wanted)
-    if injection.needs_source(sigmas):
-        source.check_prompt()
+    """Check before a run that clip and sigmas are those of the inversion."""
+    source, guider = injection.source, executor.class_obj
+    with naming(source.node):
+        check_not_compiled(guider.model_patcher)
+        check_no_step_cache(guider.model_options["transformer_options"].get("wrappers", {}))
+        source.check_clip(noise)
+        source.check_meets([sigma for sigma in map(float, sigmas[:-1]) if injection.names_at(sigma)])
+        if injection.needs_source(sigmas):
+            source.check_prompt()
     return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
 
 
 @dataclass(eq=False)
 class _Computed:
-    """What a run computed of the source last, for guidance that runs the UNet again with something changed in it (PAG):
-    the source is given as it is."""
+    """Source features of the current step, reused when guidance (PAG) evaluates the UNet again."""
 
     evaluations: Evaluations
     step: int = -1
@@ -280,10 +269,10 @@ class _Computed:
 
 
 def _with_source(injection: _Injection, executor, guider, sigmas, extra_args, callback, noise, latent_image, *args):
-    """Around a run: the source prompt, if it is needed, and a look at whether every evaluation comes."""
+    """Wrap a run: make the source prompt ready, if needed, and watch that no evaluation is skipped."""
     injection.source.warn_of_start(guider, sigmas[0], noise, latent_image)
     evaluations = Evaluations(guider, injection.names_at, injection.source.node)
-    published = options_with(extra_args["model_options"], **{COMPUTED: _Computed(evaluations)})
+    published = options_with(extra_args["model_options"], **{options.COMPUTED: _Computed(evaluations)})
     extra_args = {**extra_args, "model_options": published}
     source = injection.source.ready(guider, extra_args, noise) if injection.needs_source(sigmas) else None
     with source or nullcontext(extra_args) as extra_args:
@@ -291,30 +280,31 @@ def _with_source(injection: _Injection, executor, guider, sigmas, extra_args, ca
 
 
 def _run_injected(injection: _Injection, executor, model, conds, x_in: Tensor, timestep: Tensor, model_options):
-    """Around one evaluation of all conditionings: the features of the source at this sigma, stored or computed."""
-    options = model_options.get("transformer_options", {})
+    """Wrap one evaluation of all conditionings: inject the source's features at this sigma, stored or computed."""
+    transformer_options = model_options.get("transformer_options", {})
     sigma = float(timestep[0])
     names = injection.names_at(sigma)
-    if not names or options.get(RUNNING):
+    if not names or transformer_options.get(options.SOURCE_RUNNING):
         return executor(model, conds, x_in, timestep, model_options)
     step = injection.source.step_at(sigma)
-    computed, node = options[COMPUTED], injection.source.node
+    computed, node = transformer_options[options.COMPUTED], injection.source.node
     computed.evaluations.arrive()
     stored = injection.stored_for(step, names)
     if stored is None:
-        frames = frames_in(options)
+        frames = frames_in(transformer_options)
         if computed.step != step:
             computed.step, computed.features = step, {}
         if frames not in computed.features:
             capture = Capture(frozenset(names), node)
-            injection.source.run(executor, model, step, x_in, timestep, model_options, **{FEATURES: capture})
+            published = {options.FEATURES: capture}
+            injection.source.run(executor, model, step, x_in, timestep, model_options, **published)
             capture.check(sigma)
             computed.features[frames] = capture.captured
         features = computed.features[frames]
     else:
         features = {None: {name: stored[name] for name in names}}
     injector = Inject(features, injection.levels, frozenset(names), node)
-    result = executor(model, conds, x_in, timestep, options_with(model_options, **{FEATURES: injector}))
+    result = executor(model, conds, x_in, timestep, options_with(model_options, **{options.FEATURES: injector}))
     injector.visits.check(names, conds, timestep, node)
     return result
 
@@ -323,11 +313,11 @@ def _run_injected(injection: _Injection, executor, model, conds, x_in: Tensor, t
 
 
 @contextmanager
-def capturing_features(model_options: dict[str, Any], sites: tuple[Site, ...], node: str) -> Iterator[Capture]:
-    """While the block runs, calls with these model_options take features."""
+def capturing_features(model_options: dict[str, Any], sites: tuple[Site, ...], node) -> Iterator[Capture]:
+    """Capture features in calls with these model_options while the `with` block runs."""
     capture = Capture(frozenset(map(str, sites)), node)
-    model_options["transformer_options"][FEATURES] = capture
+    model_options["transformer_options"][options.FEATURES] = capture
     try:
         yield capture
     finally:
-        del model_options["transformer_options"][FEATURES]
+        del model_options["transformer_options"][options.FEATURES]
