@@ -63,6 +63,11 @@ class Correspondence:
     def k(self) -> int:
         return self.forward.shape[2]
 
+    @property
+    def bytes(self) -> int:
+        """Return about the size of its file."""
+        return sum(tensor.nbytes for tensor in (self.forward, self.backward, self.pairs) if tensor is not None)
+
     def follow(self, frame: int, others: Sequence[int]) -> Tensor:
         """Return the `k` matches of every token of `frame` in each frame of `others`.
 

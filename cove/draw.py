@@ -46,9 +46,7 @@ def draw_matches(images: Tensor, correspondence: Correspondence, points: Sequenc
     Returns:
         [frames, height, width, 3], a drawn copy.
     """
-    tokens = _tokens(images, correspondence, points, frame)
-    others = [other for other in range(correspondence.frames) if other != frame]
-    matches = correspondence.follow(frame, others).cpu()[tokens].tolist() if others else [[] for _ in points]
+    others, matches = _matches(images, correspondence, points, frame)
     images, radius = images.clone(), _radius(images)
     for point, followed, ring in zip(points, matches, _rings(len(points)), strict=True):
         _draw_disc(images[frame], point, radius, QUERY_COLOR, ring)
@@ -59,28 +57,22 @@ def draw_matches(images: Tensor, correspondence: Correspondence, points: Sequenc
     return images
 
 
-def draw_tracks(
-    images: Tensor, correspondence: Correspondence, points: Sequence[Point], frame: int = 0, tail: int = 0
-) -> Tensor:
+def draw_tracks(images: Tensor, correspondence: Correspondence, points: Sequence[Point], frame: int = 0) -> Tensor:
     """Draw the best match of each point through time: a disc at its position, a line through the previous ones.
 
     Args:
         images, points, frame: as in `draw_matches`.
-        tail: frames the line reaches back, 0 = to the first frame.
 
     Returns:
         [frames, height, width, 3], a drawn copy; each point has its own colour.
     """
-    tokens = _tokens(images, correspondence, points, frame)
-    others = [other for other in range(correspondence.frames) if other != frame]
-    best = correspondence.follow(frame, others)[..., 0].cpu()[tokens].tolist() if others else [[] for _ in points]
+    _, matches = _matches(images, correspondence, points, frame)
     images, radius = images.clone(), _radius(images)
-    for point, followed, color in zip(points, best, _hues(len(points)), strict=True):
-        track = [_centre(token, correspondence, images) for token in followed]
+    for point, followed, color in zip(points, matches, _hues(len(points)), strict=True):
+        track = [_centre(best, correspondence, images) for best, *_ in followed]
         track.insert(frame, tuple(point))
         for now, image in enumerate(images):
-            past = track[max(0, now - tail) if tail else 0 : now + 1]
-            for a, b in pairwise(past):
+            for a, b in pairwise(track[: now + 1]):
                 _draw_line(image, a, b, radius / 2, color)
             _draw_disc(image, track[now], radius, color, BLACK)
     return images
@@ -110,8 +102,10 @@ def grid_points(height: int, width: int, side: int = 3) -> list[Point]:
     return [(x * width, y * height) for y in steps for x in steps]
 
 
-def _tokens(images: Tensor, correspondence: Correspondence, points: Sequence[Point], frame: int) -> list[int]:
-    """Return the flat index of the token that contains each point, after checking the inputs."""
+def _matches(
+    images: Tensor, correspondence: Correspondence, points: Sequence[Point], frame: int
+) -> tuple[list[int], list[list[list[int]]]]:
+    """Return the other frames, and for each point its matches in each of them; raise if the inputs do not fit."""
     _check_images(images)
     frames, height, width, _ = images.shape
     if frames != correspondence.frames:
@@ -128,7 +122,9 @@ def _tokens(images: Tensor, correspondence: Correspondence, points: Sequence[Poi
                 f"{width - 1} and y from 0 to {height - 1}."
             )
     rows, columns = correspondence.height, correspondence.width
-    return [int(y * rows / height) * columns + int(x * columns / width) for x, y in points]
+    tokens = [int(y * rows / height) * columns + int(x * columns / width) for x, y in points]
+    others = [other for other in range(frames) if other != frame]
+    return others, correspondence.follow(frame, others).cpu()[tokens].tolist() if others else [[] for _ in points]
 
 
 def _centre(token: int, correspondence: Correspondence, images: Tensor) -> Point:

@@ -1,4 +1,4 @@
-"""Correspondence Attention: the MODEL with spatial-temporal and correspondence-guided self-attention."""
+"""Correspondence Attention: a MODEL with spatial-temporal and correspondence-guided self-attention."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ from comfy_api.v0_0_2 import io
 from . import host
 
 ALL_FRAMES, OWN_FRAME = "all frames", "own frame"
+
+
+def _percent(name: str, default: float, what: str) -> io.Float.Input:
+    tooltip = (
+        f"Share of sampling at which the patch {what}. 0 = first step, 1 = after the last; the paper uses 0 and 1."
+    )
+    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip)
 
 
 class CorrespondenceAttention(io.ComfyNode):
@@ -18,55 +25,39 @@ class CorrespondenceAttention(io.ComfyNode):
             node_id="CoveCorrespondenceAttention",
             display_name="COVE Correspondence Attention",
             category="COVE/edit",
-            description="Lets the frames of a clip see one another: every token attends to all frames, then to its own "
-            "matches. Use the same patched model for DDIM Inversion and for sampling.",
+            description="Patches MODEL: every token attends to all frames, then to its matches. Use the same patched "
+            "model for DDIM Inversion and for sampling.",
             inputs=[
-                io.Model.Input("model", tooltip="SD1.5, SD2.x or SDXL. The model that comes in stays as it is."),
+                io.Model.Input("model", tooltip="An SD1.5, SD2.x or SDXL model. The patch goes on a copy."),
                 io.Float.Input(
                     "merge_ratio",
                     default=0.5,
                     min=0.0,
                     max=0.5,
                     step=0.05,
-                    tooltip="More averages more of a token's matches into one another before it attends to them. "
-                    "0 = keep all, 0.5 = half (the paper).",
+                    tooltip="Share of a token's matches that are merged into similar ones before it attends to them. A "
+                    "larger value smooths more. 0 keeps all; the paper uses 0.5.",
                 ),
                 io.Combo.Input(
                     "spatial_temporal",
                     options=[ALL_FRAMES, OWN_FRAME],
                     default=ALL_FRAMES,
-                    tooltip=f"'{ALL_FRAMES}': every token sees every frame (the paper; time grows with the square of "
-                    f"the frames). '{OWN_FRAME}': tokens see their own frame and their matches; faster, less alike.",
+                    tooltip=f"{ALL_FRAMES}: every token attends to every frame first, as in the paper; time grows with "
+                    f"the square of the number of frames. {OWN_FRAME}: to its own frame only; faster, less consistent.",
                 ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Where in sampling the patch begins: 0 = first step, 1 = end. More leaves the noisiest "
-                    "part as it is without this node.",
-                ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Where in sampling the patch ends: 1 = after the last step. Less leaves the details as "
-                    "they are without this node.",
-                ),
+                _percent("start_percent", 0.0, "starts; a larger value leaves the noisiest steps unchanged"),
+                _percent("end_percent", 1.0, "ends; a smaller value leaves the last steps, the details, unchanged"),
                 io.Boolean.Input(
                     "include_self",
                     default=False,
-                    tooltip="Puts the token itself among its matches: it keeps more of its own (FLATTEN). The paper "
-                    "leaves it out.",
+                    tooltip="Include the token itself in its matches, as FLATTEN does: it keeps more of its own value. "
+                    "The paper leaves it out.",
                 ),
                 host.types.Correspondence.Input(
                     "correspondence",
                     optional=True,
-                    tooltip="Of the same frames, at the same size. Without it, tokens see all frames but are not "
-                    "guided to their matches: for comparison.",
+                    tooltip="From Correspondence, of the same frames at the same size. Without it, only the "
+                    "spatial-temporal attention is on, as a baseline.",
                 ),
             ],
             outputs=[io.Model.Output()],

@@ -1,4 +1,4 @@
-"""Correspondence: which token of one frame is which token of the next."""
+"""Correspondence: matches between the tokens of frames; saving and loading them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class FindCorrespondence(io.ComfyNode):
             node_id="CoveCorrespondence",
             display_name="COVE Correspondence",
             category="COVE/match",
-            description="Finds, for every token of every frame, the most similar tokens nearby in the frames before "
-            "and after. Once a clip; edits with other prompts use the same one.",
+            description="Finds the most similar tokens of every token in the frames before and after, within a sliding "
+            "window. Needed once per clip: edits with other prompts use the same correspondence.",
             inputs=[
                 host.types.Features.Input("features", tooltip="From Diffusion Features."),
                 io.Int.Input(
@@ -32,24 +32,24 @@ class FindCorrespondence(io.ComfyNode):
                     min=1,
                     max=255,
                     step=2,
-                    tooltip="Side of the search window in tokens (8 pixels each for SD1.5 and SD2, 16 for SDXL); odd. "
-                    "A larger one follows faster motion, with more wrong matches and more time. The paper uses 9.",
+                    tooltip="Side of the search window in tokens (8 pixels each for SD1.5 and SD2, 16 for SDXL), odd. "
+                    "Larger windows follow faster motion, take longer and find more wrong matches. The paper uses 9.",
                 ),
                 io.Int.Input(
                     "k",
                     default=3,
                     min=1,
                     max=64,
-                    tooltip="Matches per token in each other frame. More make the edit smoother and take longer. The "
-                    "paper uses 3.",
+                    tooltip="Matches per token in each other frame. A larger value makes the edit smoother and takes "
+                    "longer. The paper uses 3.",
                 ),
                 io.Combo.Input(
                     "refine",
                     options=[PRESET, "on", "off"],
                     default=PRESET,
-                    tooltip="Compares each token again with the candidates in every frame, so that matches of distant "
-                    "frames do not drift. preset: as chosen in Diffusion Features. off: follow from frame to frame "
-                    "only, as in the paper.",
+                    tooltip="Compare each token again with candidates in every frame, so that matches between distant "
+                    "frames do not drift. preset: as set in Diffusion Features. off: follow matches from frame to "
+                    "frame only, as in the paper.",
                 ),
             ],
             outputs=[host.types.Correspondence.Output(display_name="correspondence")],
@@ -80,12 +80,7 @@ class SaveCorrespondence(io.ComfyNode):
             description="Saves a correspondence to ComfyUI's output folder.",
             inputs=[
                 host.types.Correspondence.Input("correspondence", tooltip="From Correspondence."),
-                io.String.Input(
-                    "filename_prefix",
-                    default="cove/clip",
-                    tooltip="Folder and beginning of the name in the output folder; a number is added. "
-                    "Load Correspondence lists the output folder itself and its subfolder `cove`.",
-                ),
+                host.files.prefix_input("Load Correspondence"),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
@@ -94,15 +89,12 @@ class SaveCorrespondence(io.ComfyNode):
     @classmethod
     @host.errors.named
     def execute(cls, correspondence, filename_prefix) -> io.NodeOutput:
-        path = host.files.output_path(filename_prefix, ENDING)
-        with host.files.saving():
-            correspondence.save(path)
-        host.status.report_status(cls, f"saved as {path.name}, {host.status.format_bytes(path.stat().st_size)}")
+        host.files.save(correspondence, filename_prefix, ENDING, cls)
         return io.NodeOutput()
 
 
 class LoadCorrespondence(io.ComfyNode):
-    """What Save Correspondence wrote. Correspondence Attention checks that it fits the latents."""
+    """`Correspondence.load`. Correspondence Attention checks that it fits the latents."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -110,15 +102,9 @@ class LoadCorrespondence(io.ComfyNode):
             node_id="CoveLoadCorrespondence",
             display_name="COVE Load Correspondence",
             category="COVE/load",
-            description="Loads what Save Correspondence wrote, in place of Diffusion Features and Correspondence.",
-            inputs=[
-                io.Combo.Input(
-                    "file",
-                    options=host.files.list_saved(ENDING),
-                    tooltip="A saved correspondence, newest first. Lists ComfyUI's output and input folders and the "
-                    "subfolder `cove` of each.",
-                ),
-            ],
+            description="Loads a file of Save Correspondence, instead of running Diffusion Features and Correspondence "
+            "again.",
+            inputs=[host.files.saved_input(ENDING, "correspondence")],
             outputs=[host.types.Correspondence.Output(display_name="correspondence")],
         )
 

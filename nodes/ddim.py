@@ -1,4 +1,4 @@
-"""DDIM Inversion and DDIM Sampler: from a clip to the noise behind it, and back with another prompt."""
+"""DDIM Inversion and DDIM Sampler: from a clip to its noise, and back with another prompt."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ class DDIMInversion(io.ComfyNode):
             node_id="CoveDDIMInversion",
             display_name="COVE DDIM Inversion",
             category="COVE/edit",
-            description="Finds the noise from which DDIM sampling, with the same model and prompt at cfg 1, returns "
-            "the clip.",
+            description="Computes the noise from which DDIM sampling returns the clip, with the same model and prompt "
+            "at cfg 1.",
             inputs=[
-                io.Model.Input("model", tooltip="The model that will sample: with Correspondence Attention for COVE."),
-                io.Conditioning.Input("conditioning", tooltip="The source prompt: what the clip shows. May be empty."),
+                io.Model.Input("model", tooltip="The model that will sample, with Correspondence Attention."),
+                io.Conditioning.Input("conditioning", tooltip="Source prompt: what the clip shows. It can be empty."),
                 io.Latent.Input("latent", tooltip="The clip's frames from VAE Encode."),
                 io.Int.Input(
                     "steps",
                     default=50,
                     min=1,
                     max=MAX_STEPS,
-                    tooltip="Sampling steps. The sampler, Feature Injection and TokenFlow use the same number. More "
-                    "steps take longer and follow the model more closely. The paper uses 50.",
+                    tooltip="Sampling steps, also for the sampler, Feature Injection and TokenFlow. More steps return "
+                    "the clip more exactly and take longer. The paper uses 50.",
                 ),
                 io.Int.Input(
                     "multiple",
@@ -50,13 +50,15 @@ class DDIMInversion(io.ComfyNode):
                     default=1,
                     min=0,
                     max=10,
-                    tooltip="Further model evaluations in each step; each takes as long as an inversion without any. "
-                    "One that makes a step less exact is undone. 0 is the paper's inversion.",
+                    tooltip="Additional model evaluations per step; each costs as much time as the inversion without "
+                    "any. A refinement that makes a step less exact is undone. The paper uses 0.",
                 ),
             ],
             outputs=[
                 io.Latent.Output(display_name="noise"),
-                host.types.Inversion.Output(display_name="inversion", tooltip="For Feature Injection, and to save."),
+                host.types.Inversion.Output(
+                    display_name="inversion", tooltip="For Feature Injection, TokenFlow and Save Inversion."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -83,11 +85,11 @@ class DDIMSampler(io.ComfyNode):
             node_id="CoveDDIMSampler",
             display_name="COVE DDIM Sampler",
             category="COVE/edit",
-            description="Samples the edited clip from the noise that DDIM Inversion found.",
+            description="Samples the edited clip from the noise of DDIM Inversion.",
             inputs=[
                 io.Model.Input("model", tooltip="The same patched model as in DDIM Inversion."),
-                io.Conditioning.Input("positive", tooltip="The edit prompt: what the clip should show."),
-                io.Conditioning.Input("negative", tooltip="What it should not show. Not used at cfg 1."),
+                io.Conditioning.Input("positive", tooltip="Edit prompt: what the clip should show."),
+                io.Conditioning.Input("negative", tooltip="What the clip should not show. Not used at cfg 1."),
                 io.Latent.Input("noise", tooltip=NOISE_TOOLTIP),
                 io.Float.Input(
                     "cfg",
@@ -96,8 +98,8 @@ class DDIMSampler(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="More follows the edit prompt harder and keeps less of the clip. 1 with the source prompt "
-                    "gives the clip back, in half the time.",
+                    tooltip="Classifier-free guidance. A larger value follows the edit prompt more closely and keeps "
+                    "less of the clip. 1 with the source prompt returns the clip, in half the time.",
                 ),
             ],
             outputs=[io.Latent.Output()],
@@ -123,10 +125,10 @@ class DDIMSamplerSelect(io.ComfyNode):
             node_id="CoveDDIMSamplerSelect",
             display_name="COVE DDIM Sampler (for SamplerCustomAdvanced)",
             category="COVE/edit",
-            description="The sampler and the sigmas of DDIM Sampler, for SamplerCustomAdvanced with any guider. Give "
-            "that node DisableNoise and the noise from DDIM Inversion.",
+            description="The sampler and the sigmas of DDIM Sampler, for SamplerCustomAdvanced with any guider. "
+            "Connect DisableNoise and the noise of DDIM Inversion to that node.",
             inputs=[
-                io.Model.Input("model", tooltip="The model that the guider has."),
+                io.Model.Input("model", tooltip="The model of the guider."),
                 io.Latent.Input("noise", tooltip=NOISE_TOOLTIP),
             ],
             outputs=[io.Sampler.Output(), io.Sigmas.Output()],

@@ -1,4 +1,4 @@
-"""Load Demo Model and Load Demo Clip: for a first edit without a download."""
+"""Load Demo Model and Load Demo Clip, for a first edit without a download."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class LoadDemoModel(io.ComfyNode):
             node_id="CoveLoadDemoModel",
             display_name="COVE Load Demo Model",
             category="COVE/load",
-            description="Loads a small model that comes with the pack and knows flat shapes on plain, cloudy and tiled "
-            "grounds. It shows how an edit works, on any computer and without a download; for clips of your own, load "
-            "a checkpoint.",
+            description="Loads a small model that comes with the pack and draws flat shapes on plain, cloudy and tiled "
+            "grounds. It shows how an edit works on any computer, without a download. For your own clips, load a "
+            "checkpoint.",
             inputs=[
                 io.Combo.Input(
                     "file",
@@ -70,8 +70,8 @@ class LoadDemoClip(io.ComfyNode):
             node_id="CoveLoadDemoClip",
             display_name="COVE Load Demo Clip",
             category="COVE/load",
-            description="Loads a clip that the demo model understands: a striped red star on a cloudy blue ground, "
-            "8 frames of 128x128 pixels.",
+            description="Loads a clip for the demo model: a striped red star on a cloudy blue ground, 8 frames of "
+            "128x128 pixels.",
             outputs=[
                 io.Image.Output(display_name="images"),
                 io.Float.Output(display_name="fps"),

@@ -1,4 +1,4 @@
-"""Show Correspondence: what a correspondence matched, drawn on the frames."""
+"""Show Correspondence: matches or tracks drawn on the frames."""
 
 from __future__ import annotations
 
@@ -18,35 +18,33 @@ class ShowCorrespondence(io.ComfyNode):
             display_name="COVE Show Correspondence",
             category="COVE/match",
             description=(
-                "Marks points of one frame (red) and their matches in all other frames: best yellow, second green, "
-                "further ones blue. Matches that stay on the same thing mean that the edit will stay on it too."
+                "Draws points of one frame (red) and their matches in all other frames: best yellow, second green, "
+                "others blue. Matches should stay on the same part of the picture; the edit follows them."
             ),
             inputs=[
-                io.Image.Input(
-                    "images", tooltip="The frames the correspondence was found in. More pixels, finer drawing."
-                ),
+                io.Image.Input("images", tooltip="The frames of the correspondence. More pixels give a finer drawing."),
                 host.types.Correspondence.Input("correspondence", tooltip="A larger k draws more discs per point."),
                 io.String.Input(
                     "points",
                     default="",
                     multiline=True,
-                    placeholder="x, y  (one point a line; empty: a grid)",
-                    tooltip="One point a line, as x, y in pixels of the frame below. More points show more "
-                    "places, each with a ring of its own colour. Empty = a grid of 3 x 3 points.",
+                    placeholder="x, y  (one point per line; empty: a grid)",
+                    tooltip="One point per line, as x, y in pixels of the frame set below; each has a ring of its own "
+                    "colour. Empty = a grid of 3 x 3 points.",
                 ),
                 io.Int.Input(
                     "frame",
                     default=0,
                     min=0,
                     max=100_000,
-                    tooltip="The frame the points are in, counted from 0. More puts them later in the clip.",
+                    tooltip="The frame of the points, counted from 0.",
                 ),
                 io.Int.Input(
                     "columns",
                     default=0,
                     min=0,
                     max=1000,
-                    tooltip="More puts more frames side by side on the contact sheet. 0 = about as many as rows.",
+                    tooltip="Frames per row of the contact sheet. 0 = about as many as rows.",
                 ),
                 io.Combo.Input(
                     "style",
@@ -58,7 +56,7 @@ class ShowCorrespondence(io.ComfyNode):
             ],
             outputs=[
                 io.Image.Output(display_name="images", tooltip="The drawn frames."),
-                io.Image.Output(display_name="contact sheet", tooltip="All drawn frames on one picture."),
+                io.Image.Output(display_name="contact sheet", tooltip="All drawn frames in one picture."),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,
@@ -75,7 +73,7 @@ class ShowCorrespondence(io.ComfyNode):
 
 
 def _parse_points(text: str) -> list[draw.Point]:
-    """One (x, y) for each line that is not empty."""
+    """Return one (x, y) for each line that is not empty."""
     points = []
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():

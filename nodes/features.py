@@ -1,4 +1,4 @@
-"""Diffusion Features: what the UNet sees in each frame."""
+"""Diffusion Features: hidden states of the UNet for every frame."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ PRESETS = {SHARP: Preset(261, 1, 8, True), PAPER: Preset(261, 1, 1, False)}
 
 
 class Features(NamedTuple):
-    """What the FEATURES wire carries.
+    """The value of a FEATURES wire.
 
     tokens: unit vectors, float32 [frames, height, width, channels].
-    preset: whose matching goes with them.
+    preset: the settings of matching that go with them.
     """
 
     tokens: Tensor
@@ -98,8 +98,7 @@ class DiffusionFeatures(io.ComfyNode):
                     default=8,
                     min=1,
                     max=4096,
-                    tooltip="Frames per model evaluation. More are faster and take more memory. The result is the "
-                    "same.",
+                    tooltip="Frames per model evaluation. A larger value is faster and takes more memory.",
                 ),
                 io.Int.Input(
                     "seed",

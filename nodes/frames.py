@@ -22,8 +22,17 @@ from . import host
 MAX_SIZE = 16384
 
 
+def _side(name: str, default: int, other: str) -> io.Int.Input:
+    tooltip = (
+        f"{name.capitalize()} in pixels, a multiple of 8. A larger size shows more detail and takes much more time and "
+        f"memory. 0 = computed from the {other}, keeping the aspect ratio; both 0 = the clip's own size, cropped to a "
+        f"multiple of 8."
+    )
+    return io.Int.Input(name, default=default, min=0, max=MAX_SIZE, step=8, tooltip=tooltip)
+
+
 class LoadFrames(io.ComfyNode):
-    """Only the frames asked for, at the size asked for; sizes are multiples of 8, as latents need them."""
+    """Reads only the frames to load, at the size to load them; sizes are multiples of 8, as latents need."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -32,66 +41,48 @@ class LoadFrames(io.ComfyNode):
             display_name="COVE Load Frames",
             category="COVE/load",
             description=(
-                "Loads the frames of a video, or of a folder of images, from ComfyUI's input folder, at a size that "
-                "fits latents, as players show them, with the sound of the same span. Editing time grows faster than "
-                "the number of frames: begin with few."
+                "Loads frames of a video or an image folder from ComfyUI's input folder, as a player shows them, at a "
+                "size that latents need, with the audio of the same span. Editing time grows faster than the number of "
+                "frames: start with few."
             ),
             inputs=[
                 io.Combo.Input(
                     "file",
                     options=_choices(),
                     upload=io.UploadType.video,
-                    tooltip="The video, or the folder of images (read in natural order), in ComfyUI's input folder. "
-                    "Subfolders are listed one level deep. GIF, animated PNG and WebP are videos, too.",
+                    tooltip="A video, GIF, animated PNG or WebP, or a folder of images (read in natural order) in "
+                    "ComfyUI's input folder. Subfolders are listed one level deep.",
                 ),
                 io.Int.Input(
                     "start",
                     default=0,
                     min=0,
                     max=1_000_000,
-                    tooltip="Frames to skip at the beginning of the clip. More begins later.",
+                    tooltip="First frame to load, counted from 0.",
                 ),
                 io.Int.Input(
                     "count",
                     default=9,
                     min=0,
                     max=100_000,
-                    tooltip="More frames make a longer clip, and cost more than proportionally in time and memory. "
-                    "0 = to the end of the clip.",
+                    tooltip="Number of frames to load. Time and memory grow faster than the number. 0 = to the end of "
+                    "the clip.",
                 ),
                 io.Int.Input(
                     "stride",
                     default=1,
                     min=1,
                     max=1000,
-                    tooltip="More covers a longer time with the same number of frames, but each moves further from one "
-                    "frame to the next. 1 = every frame, 2 = every second one; fps is divided by it.",
+                    tooltip="Load every n-th frame; fps is divided by n. A larger value covers more time with the same "
+                    "number of frames, with more motion between them.",
                 ),
-                io.Int.Input(
-                    "width",
-                    default=512,
-                    min=0,
-                    max=MAX_SIZE,
-                    step=8,
-                    tooltip="In pixels. More shows more detail and costs much more time and memory. A multiple of 8. "
-                    "0 = follows from the height at the clip's proportions; both 0 = the clip's own size, cut to a "
-                    "multiple of 8.",
-                ),
-                io.Int.Input(
-                    "height",
-                    default=0,
-                    min=0,
-                    max=MAX_SIZE,
-                    step=8,
-                    tooltip="In pixels. More shows more detail and costs much more time and memory. A multiple of 8. "
-                    "0 = follows from the width at the clip's proportions; both 0 = the clip's own size, cut to a "
-                    "multiple of 8.",
-                ),
+                _side("width", 512, "height"),
+                _side("height", 0, "width"),
                 io.Combo.Input(
                     "fit",
                     options=list(FITS),
-                    tooltip="When the proportions differ. crop: fill the size and cut the edges. pad: show everything "
-                    "between black bars. stretch: distort.",
+                    tooltip="How to fit another aspect ratio. crop: fill the size and cut the edges. pad: keep "
+                    "everything and add black bars. stretch: distort.",
                 ),
                 io.Video.Input(
                     "video",
@@ -102,15 +93,15 @@ class LoadFrames(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             outputs=[
                 io.Image.Output(display_name="images"),
-                io.Float.Output(display_name="fps", tooltip="Frames a second after the stride, for Create Video."),
+                io.Float.Output(display_name="fps", tooltip="Frames per second after the stride, for Create Video."),
                 io.Int.Output(display_name="frame count"),
                 io.Mask.Output(
                     display_name="mask",
-                    tooltip="1 where nothing of the clip shows: transparent places, and bars of pad.",
+                    tooltip="1 where the clip shows nothing: transparent pixels, and the bars of pad.",
                 ),
                 io.Audio.Output(
                     display_name="audio",
-                    tooltip="The sound of the frames taken, for Create Video; nothing when the clip has none.",
+                    tooltip="Audio of the loaded span, for Create Video; empty if the clip has none.",
                 ),
             ],
         )

@@ -1,4 +1,4 @@
-"""Feature Injection and Store Features: an edit keeps the structure of its source."""
+"""Feature Injection and Store Features: the edit keeps the structure of its source."""
 
 from __future__ import annotations
 
@@ -33,10 +33,12 @@ class FeatureInjection(io.ComfyNode):
             node_id="CoveFeatureInjection",
             display_name="COVE Feature Injection",
             category="COVE/edit",
-            description="Keeps the layout and the shapes of the source: in the first steps of sampling, the features "
-            "of the inverted clip take the place of the edit's.",
+            description="Keeps the layout and the shapes of the source: in the first sampling steps, features of the "
+            "inverted clip replace those of the edit.",
             inputs=[
-                io.Model.Input("model", tooltip="The patched model of DDIM Inversion. The result is for sampling."),
+                io.Model.Input(
+                    "model", tooltip="The patched model of DDIM Inversion. Use the result for sampling only."
+                ),
                 host.types.Inversion.Input("inversion", tooltip="From DDIM Inversion or Load Inversion."),
                 _share("resnet_share", SHARE_TOOLTIP.format("shapes and positions")),
                 _share("attention_share", SHARE_TOOLTIP.format("layout")),

@@ -1,4 +1,4 @@
-"""Save Inversion and Load Inversion: no clip has to be inverted twice."""
+"""Save Inversion and Load Inversion, so that a clip is inverted once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ENDING = ".inversion.safetensors"
 
 
 class SaveInversion(io.ComfyNode):
-    """Latents of every step, sigmas, prompt, fingerprint of the model, and the features if they were stored."""
+    """`Inversion.save`: latents and sigmas of every step, prompt, fingerprint of the model, and stored features."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -22,12 +22,7 @@ class SaveInversion(io.ComfyNode):
             description="Saves an inversion to ComfyUI's output folder, so that the clip need not be inverted again.",
             inputs=[
                 host.types.Inversion.Input("inversion", tooltip="From DDIM Inversion."),
-                io.String.Input(
-                    "filename_prefix",
-                    default="cove/clip",
-                    tooltip="Folder and beginning of the name in the output folder; a number is added. "
-                    "Load Inversion lists the output folder itself and its subfolder `cove`.",
-                ),
+                host.files.prefix_input("Load Inversion"),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
@@ -36,16 +31,12 @@ class SaveInversion(io.ComfyNode):
     @classmethod
     @host.errors.named
     def execute(cls, inversion, filename_prefix) -> io.NodeOutput:
-        path = host.files.output_path(filename_prefix, ENDING)
-        host.files.check_space(path.parent, inversion.bytes)
-        with host.files.saving():
-            inversion.save(path)
-        host.status.report_status(cls, f"saved as {path.name}, {host.status.format_bytes(path.stat().st_size)}")
+        host.files.save(inversion, filename_prefix, ENDING, cls)
         return io.NodeOutput()
 
 
 class LoadInversion(io.ComfyNode):
-    """What Save Inversion wrote, if it fits the model and the clip."""
+    """`Inversion.load`, after checking that the inversion fits the model and the clip."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -53,19 +44,14 @@ class LoadInversion(io.ComfyNode):
             node_id="CoveLoadInversion",
             display_name="COVE Load Inversion",
             category="COVE/load",
-            description="Loads what Save Inversion wrote, in place of DDIM Inversion.",
+            description="Loads a file of Save Inversion, instead of running DDIM Inversion again.",
             inputs=[
-                io.Combo.Input(
-                    "file",
-                    options=host.files.list_saved(ENDING),
-                    tooltip="A saved inversion, newest first. Lists ComfyUI's output and input folders and the "
-                    "subfolder `cove` of each.",
-                ),
-                io.Model.Input("model", tooltip="Of the checkpoint that the clip was inverted with."),
+                host.files.saved_input(ENDING, "inversion"),
+                io.Model.Input("model", tooltip="The checkpoint that inverted the clip."),
                 io.Latent.Input(
                     "latent",
                     optional=True,
-                    tooltip="The clip's frames from VAE Encode. If given, it is checked that they were inverted.",
+                    tooltip="The clip's frames from VAE Encode. If connected, the node checks that they were inverted.",
                 ),
             ],
             outputs=[

@@ -1,4 +1,4 @@
-"""Reconstruction Check and Edit Check: how well a clip comes back, and how steady an edit is."""
+"""Reconstruction Check and Edit Check: how exact an inversion is, and how consistent an edit is."""
 
 from __future__ import annotations
 
@@ -23,26 +23,28 @@ class ReconstructionCheck(io.ComfyNode):
             node_id="CoveReconstructionCheck",
             display_name="COVE Reconstruction Check",
             category="COVE/check",
-            description="Says how well the clip comes back from its inversion, and what to change when it does not. "
-            "What is lost here is lost in every edit.",
+            description="Measures how exactly sampling returns the inverted clip, and suggests what to change. Detail "
+            "that is lost here is lost in every edit.",
             inputs=[
                 io.Image.Input("source", tooltip="The frames from Load Frames."),
                 io.Image.Input(
-                    "reconstruction", tooltip="What DDIM Sampler gives with the source prompt at cfg 1, decoded."
+                    "reconstruction", tooltip="Decoded output of DDIM Sampler with the source prompt at cfg 1."
                 ),
                 io.Image.Input(
                     "vae_only",
                     optional=True,
-                    tooltip="The source through VAE Encode and VAE Decode. If given, what the VAE loses is shown apart "
-                    "from what the inversion loses.",
+                    tooltip="The source after VAE Encode and VAE Decode. If connected, losses of the VAE are shown "
+                    "separately from those of the inversion.",
                 ),
                 host.types.Inversion.Input(
-                    "inversion", optional=True, tooltip="If given, the advice knows how the inversion went."
+                    "inversion",
+                    optional=True,
+                    tooltip="From DDIM Inversion. If connected, the advice takes its settings into account.",
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="side by side", tooltip="Source, what the VAE leaves, reconstruction."),
-                io.String.Output(display_name="report", tooltip="The verdict, and PSNR and SSIM of each frame."),
+                io.Image.Output(display_name="side by side", tooltip="Source, source after the VAE, reconstruction."),
+                io.String.Output(display_name="report", tooltip="Verdict, and PSNR and SSIM of each frame."),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,
@@ -86,27 +88,27 @@ class EditCheck(io.ComfyNode):
             node_id="CoveEditCheck",
             display_name="COVE Edit Check",
             category="COVE/check",
-            description="Measures how steady an edited clip is, and how far it is from its source. To compare settings "
-            "by numbers: change one, look at both.",
+            description="Measures how consistent an edited clip is from frame to frame, and how far it is from its "
+            "source, to compare settings by numbers.",
             inputs=[
                 io.Image.Input("source", tooltip="The frames from Load Frames."),
                 io.Image.Input("edited", tooltip="The edited frames, of the same size."),
                 io.ClipVision.Input(
                     "clip_vision",
                     optional=True,
-                    tooltip="From Load CLIP Vision. If given, how alike each frame and the next are to CLIP.",
+                    tooltip="From Load CLIP Vision. If connected, the CLIP similarity of each frame and the next.",
                 ),
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="With clip_vision: how alike each frame and the prompt are. That of an SD2.x checkpoint "
-                    "with CLIP-ViT-H, or of an SDXL one with CLIP-ViT-bigG.",
+                    tooltip="With clip_vision: the CLIP similarity of each frame and the prompt. Use the CLIP of an "
+                    "SD2.x checkpoint with CLIP-ViT-H, or of an SDXL one with CLIP-ViT-bigG.",
                 ),
-                io.String.Input("prompt", default="", multiline=True, tooltip="The edit prompt; only used with clip."),
+                io.String.Input("prompt", default="", multiline=True, tooltip="Edit prompt; only used with clip."),
             ],
             outputs=[
                 io.Image.Output(display_name="plot"),
-                io.String.Output(display_name="report", tooltip="The numbers of each frame, and their means."),
+                io.String.Output(display_name="report", tooltip="Values of each frame, and their means."),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,

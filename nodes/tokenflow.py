@@ -1,4 +1,4 @@
-"""TokenFlow: keyframes edited together, and all other frames made of their tokens."""
+"""TokenFlow: keyframes are edited jointly, and all frames take their tokens."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class TokenFlow(io.ComfyNode):
             node_id="CoveTokenFlow",
             display_name="COVE TokenFlow",
             category="COVE/edit",
-            description="In place of Correspondence Attention: a few keyframes see one another, and every frame takes "
-            "its tokens from the keyframes around it, as they belong together in the source.",
+            description="An alternative to Correspondence Attention: keyframes attend to one another, and every frame "
+            "takes its tokens from the keyframes around it, by the nearest tokens of the source.",
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="SD1.5, SD2.x or SDXL, as DDIM Inversion had it; with Feature Injection to keep the "
-                    "source's layout. The result is for sampling.",
+                    tooltip="The model of DDIM Inversion; with Feature Injection, it keeps the source's layout. Use "
+                    "the result for sampling only.",
                 ),
                 host.types.Inversion.Input("inversion", tooltip="From DDIM Inversion or Load Inversion."),
                 io.Int.Input(
@@ -30,26 +30,26 @@ class TokenFlow(io.ComfyNode):
                     default=8,
                     min=1,
                     max=1000,
-                    tooltip="One random keyframe in so many frames, drawn anew at each step. More takes less time and "
-                    "memory; less keeps fast motion better. 8 = the paper.",
+                    tooltip="One random keyframe in every n frames, redrawn at each step. A larger value takes less "
+                    "time and memory; a smaller one keeps fast motion better. The paper uses 8.",
                 ),
                 io.Boolean.Input(
                     "blend_keyframes",
                     default=True,
-                    tooltip="On: keyframes, too, take from the keyframe before them (the paper). Off: they stay as "
-                    "they are; faster, and they may stand out.",
+                    tooltip="On: keyframes also take tokens from the keyframe before them, as in the paper. Off: "
+                    "faster, but keyframes may stand out.",
                 ),
                 io.Int.Input(
                     "seed",
                     default=0,
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
-                    tooltip="Another number draws other keyframes.",
+                    tooltip="A different seed gives different keyframes.",
                 ),
                 io.Conditioning.Input(
                     "conditioning",
                     optional=True,
-                    tooltip="The source prompt that DDIM Inversion had. Only needed when that prompt had a ControlNet.",
+                    tooltip="The source prompt of DDIM Inversion. Only needed if that prompt had a ControlNet.",
                 ),
             ],
             outputs=[io.Model.Output()],

@@ -3,7 +3,7 @@
 Nothing of ComfyUI's is changed outside of clones.
 """
 
-from . import (
+from . import (  # noqa: F401
     attention,
     checks,
     errors,
@@ -20,21 +20,3 @@ from . import (
     types,
     unet,
 )
-
-__all__ = [
-    "attention",
-    "checks",
-    "errors",
-    "files",
-    "identity",
-    "injection",
-    "inversion",
-    "noise",
-    "options",
-    "run",
-    "status",
-    "storage",
-    "tokenflow",
-    "types",
-    "unet",
-]

@@ -10,12 +10,33 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PureWindowsPath
 
 import folder_paths
+from comfy_api.v0_0_2 import io
 
 from .errors import NodeError
-from .status import format_bytes
+from .status import format_bytes, report_status
 
 KINDS = ("input", "output", "temp")  # the host's folders, as it annotates names: "clip.mp4 [output]"
 SUBFOLDER = "cove"  # of `filename_prefix`, by default
+
+
+# --- inputs ---
+
+
+def prefix_input(loader: str) -> io.String.Input:
+    """Return the input for the name of a file to save, which the node `loader` lists."""
+    tooltip = (
+        f"Subfolder and start of the file name in the output folder; a number is appended. {loader} lists the output "
+        f"folder and its subfolder `{SUBFOLDER}`."
+    )
+    return io.String.Input("filename_prefix", default=f"{SUBFOLDER}/clip", tooltip=tooltip)
+
+
+def saved_input(ending: str, what: str) -> io.Combo.Input:
+    """Return the input for a saved file with this ending."""
+    tooltip = (
+        f"A saved {what}, newest first. Lists the output and input folders and the subfolder `{SUBFOLDER}` of each."
+    )
+    return io.Combo.Input("file", options=list_saved(ending), tooltip=tooltip)
 
 
 # --- containment ---
@@ -173,6 +194,24 @@ def output_path(prefix: str, ending: str) -> Path:
     )
 
 
+def save(content, prefix: str, ending: str, node) -> None:
+    """Save a Correspondence or an Inversion under a new name, and show on the node where.
+
+    Raises:
+        ValueError: `prefix` leads out of the output folder, or the disk has no room.
+    """
+    path = output_path(prefix, ending)
+    free = shutil.disk_usage(path.parent).free
+    if content.bytes > free:
+        raise ValueError(
+            f"the file takes {format_bytes(content.bytes)}, but {format_bytes(free)} are free in {path.parent}. Make "
+            f"room on the disk."
+        )
+    with saving():
+        content.save(path)
+    report_status(node, f"saved as {path.name}, {format_bytes(path.stat().st_size)}")
+
+
 @contextmanager
 def saving() -> Iterator[None]:
     """Add what to do to errors of the disk within."""
@@ -180,10 +219,3 @@ def saving() -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(f"{error}. Make room, or choose another folder, and queue again.") from error
-
-
-def check_space(folder: Path, size: int) -> None:
-    """Raise when `size` bytes do not fit."""
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        raise ValueError(f"this takes {format_bytes(size)}, but {format_bytes(free)} are free in {folder}. Make room.")

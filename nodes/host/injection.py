@@ -195,24 +195,20 @@ class _Injection:
     steps: Mapping[str, int]  # how many of the first sampling steps, by kind of site
     levels: Mapping[tuple[str, int], int]
 
-    @property
-    def inversion(self) -> Inversion:
-        return self.source.inversion
-
     def active(self, kind: str, sigma: float) -> bool:
         """Return whether a call at `sigma` belongs to the first steps of sampling, wherever the run starts."""
         steps = self.steps[kind]
-        return steps > 0 and sigma >= float(self.inversion.sigmas[-steps]) * (1 - SIGMA_TOLERANCE)
+        return steps > 0 and sigma >= float(self.source.inversion.sigmas[-steps]) * (1 - SIGMA_TOLERANCE)
 
     def stored_for(self, step: int, names: set[str]) -> Mapping[str, Tensor] | None:
-        stored = self.inversion.features.get(step, {})
+        stored = self.source.inversion.features.get(step, {})
         return stored if names <= stored.keys() else None
 
     def needs_source(self, sample_sigmas: Tensor) -> bool:
         """Return whether some features of this run are not stored."""
         for sigma in map(float, sample_sigmas[:-1]):
             names = self.names_at(sigma)
-            if names and self.stored_for(self.inversion.step_at(sigma), names) is None:
+            if names and self.stored_for(self.source.inversion.step_at(sigma), names) is None:
                 return True
         return False
 

@@ -33,7 +33,8 @@ def progress_bar(total: int | None = None) -> Callable[[int, int], None]:
     bar = comfy.utils.ProgressBar(total or 1)
 
     def update(done: int, total_of_call: int) -> None:
-        bar.update_absolute(done, total or total_of_call)
+        bar.total = total or total_of_call
+        bar.update_absolute(done)
         comfy.model_management.throw_exception_if_processing_interrupted()
 
     return update
