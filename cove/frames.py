@@ -22,14 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from .audio import Audio, read_audio
-from .convert import (
-    UNTAGGED,
-    FrameConverter,
-    deinterlace,
-    frame_orientation,
-    has_known_colours,
-    image_orientation,
-)
+from .convert import UNTAGGED, FrameConverter, deinterlace, frame_orientation, has_known_colours, image_orientation
 from .decode import (
     Packets,
     Source,

@@ -16,10 +16,7 @@ from torch import Tensor
 RESNET, ATTENTION = "resnet", "attention"
 # FLATTEN's decoder blocks, 3, 4, 6 and 4 to 9 of SD1 and SD2: how often the grid is halved there, and which block of
 # those on that grid.
-FLATTEN_BLOCKS = {
-    RESNET: ((2, 0), (2, 1), (1, 0)),
-    ATTENTION: ((2, 1), (2, 2), (1, 0), (1, 1), (1, 2), (0, 0)),
-}
+FLATTEN_BLOCKS = {RESNET: ((2, 0), (2, 1), (1, 0)), ATTENTION: ((2, 1), (2, 2), (1, 0), (1, 1), (1, 2), (0, 0))}
 AUTO, NONE = "auto", "none"
 
 

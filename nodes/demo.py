@@ -47,7 +47,7 @@ class LoadDemoModel(io.ComfyNode):
                     default="shapes.safetensors",
                     tooltip="What the model was trained on. shapes: frames of 128x128 pixels; prompts "
                     'like "a striped red star on a cloudy blue ground".',
-                ),
+                )
             ],
             outputs=[
                 io.Model.Output(display_name="model"),
@@ -174,8 +174,7 @@ def _clip(weights: dict, facts: dict) -> comfy.sd.CLIP:
         return_projected_pooled=False,
     )
     target = comfy.supported_models_base.ClipTarget(
-        partial(comfy.sd1_clip.SD1Tokenizer, tokenizer=tokens),
-        partial(comfy.sd1_clip.SD1ClipModel, clip_model=encoder),
+        partial(comfy.sd1_clip.SD1Tokenizer, tokenizer=tokens), partial(comfy.sd1_clip.SD1ClipModel, clip_model=encoder)
     )
     clip = comfy.sd.CLIP(target, parameters=comfy.utils.calculate_parameters(weights, CLIP))
     clip.load_sd(_part(weights, CLIP))

@@ -33,11 +33,7 @@ class ShowCorrespondence(io.ComfyNode):
                     "colour. Empty = a grid of 3 x 3 points.",
                 ),
                 io.Int.Input(
-                    "frame",
-                    default=0,
-                    min=0,
-                    max=100_000,
-                    tooltip="The frame of the points, counted from 0.",
+                    "frame", default=0, min=0, max=100_000, tooltip="The frame of the points, counted from 0."
                 ),
                 io.Int.Input(
                     "columns",

@@ -53,13 +53,7 @@ class LoadFrames(io.ComfyNode):
                     tooltip="A video, GIF, animated PNG or WebP, or a folder of images (read in natural order) in "
                     "ComfyUI's input folder. Subfolders are listed one level deep.",
                 ),
-                io.Int.Input(
-                    "start",
-                    default=0,
-                    min=0,
-                    max=1_000_000,
-                    tooltip="First frame to load, counted from 0.",
-                ),
+                io.Int.Input("start", default=0, min=0, max=1_000_000, tooltip="First frame to load, counted from 0."),
                 io.Int.Input(
                     "count",
                     default=9,

@@ -65,14 +65,7 @@ class FeatureInjection(io.ComfyNode):
     @classmethod
     @host.errors.named
     def execute(
-        cls,
-        model,
-        inversion,
-        resnet_share,
-        attention_share,
-        resnet_blocks,
-        attention_blocks,
-        conditioning=None,
+        cls, model, inversion, resnet_share, attention_share, resnet_blocks, attention_blocks, conditioning=None
     ) -> io.NodeOutput:
         sites = host.injection.sites_of(model, resnet_blocks, attention_blocks)
         host.identity.check_fits(inversion, model)

@@ -54,10 +54,7 @@ class LoadInversion(io.ComfyNode):
                     tooltip="The clip's frames from VAE Encode. If connected, the node checks that they were inverted.",
                 ),
             ],
-            outputs=[
-                io.Latent.Output(display_name="noise"),
-                host.types.Inversion.Output(display_name="inversion"),
-            ],
+            outputs=[io.Latent.Output(display_name="noise"), host.types.Inversion.Output(display_name="inversion")],
             hidden=[io.Hidden.unique_id],
         )
 

@@ -61,12 +61,11 @@ class ReconstructionCheck(io.ComfyNode):
         back = metrics.psnr(clips["reconstruction"], reference)
         worst = int(back.argmin())
         vae = float(metrics.psnr(reference, clips["source"])[worst]) if vae_only is not None else None
-        about = ()
-        if inversion is not None:
-            about = inversion.about["refinements"], bool(inversion.diverged), inversion.schedule.multiple
-        text = verdict(float(back[worst]), *about, vae=vae)
-        if inversion is not None:
-            text += f" ({inversion.quality()})"
+        if inversion is None:
+            text = verdict(float(back[worst]), vae=vae)
+        else:
+            settings = inversion.about["refinements"], bool(inversion.diverged), inversion.schedule.multiple
+            text = f"{verdict(float(back[worst]), *settings, vae=vae)} ({inversion.quality()})"
         columns = {}
         for name in [name for name in ("reconstruction", "vae_only") if name in clips]:
             for measure in (metrics.psnr, metrics.ssim):
@@ -146,15 +145,11 @@ def _check_alike(clips: dict[str, torch.Tensor]) -> None:
     source = clips["source"]
     for name, clip in clips.items():
         if clip.shape != source.shape:
-            raise ValueError(
-                f"source is {_format_frames(source)}, but {name} is {_format_frames(clip)}. Make both "
-                f"from the same frames."
-            )
+            both = f"source is {_format_frames(source)}, but {name} is {_format_frames(clip)}"
+            raise ValueError(f"{both}. Make both from the same frames.")
     if min(source.shape[1:3]) < SMALLEST:
-        raise ValueError(
-            f"expected frames of {SMALLEST}x{SMALLEST} pixels or more, got {_format_frames(source)}. "
-            f"Load larger frames."
-        )
+        least = f"frames of {SMALLEST}x{SMALLEST} pixels or more"
+        raise ValueError(f"expected {least}, got {_format_frames(source)}. Load larger frames.")
 
 
 def _format_frames(clip: torch.Tensor) -> str:
@@ -211,13 +206,9 @@ GOOD, FAIR = 30.0, 25.0  # dB: differences one has to look for, and differences 
 
 
 def verdict(
-    lowest: float,
-    refinements: int | None = None,
-    diverged: bool = False,
-    multiple: int = 1,
-    vae: float | None = None,
+    lowest: float, refinements: int | None = None, diverged: bool = False, multiple: int = 1, vae: float | None = None
 ) -> str:
-    """Say whether an inversion is good enough to edit on, and if not, what to change.
+    """Describe whether an inversion is good enough to edit on, and if not, what to change.
 
     Args:
         lowest: PSNR in dB of the worst frame after sampling back, against the frame as the VAE decodes it if known.
@@ -227,20 +218,11 @@ def verdict(
     if lowest >= GOOD:
         words = "Good: the clip comes back. Edit on this inversion."
     else:
-        words = (
-            "Fair: the clip comes back with visible loss." if lowest >= FAIR else "Poor: the clip does not come back."
-        )
+        grade = "Fair: the clip comes back with visible loss" if lowest >= FAIR else "Poor: the clip does not come back"
         # docs/results.md: a multiple inverts other steps than sampling takes, and no refinement makes up for it.
-        change = (
-            "multiple 1"
-            if multiple > 1
-            else "more steps"
-            if diverged or (refinements or 0) >= 2
-            else "more refinements"
-        )
-        words += (
-            f" Set {change} in DDIM Inversion. DDIM Sampler must have the source prompt, cfg 1, and the same model."
-        )
+        more = "more steps" if diverged or (refinements or 0) >= 2 else "more refinements"
+        change = "multiple 1" if multiple > 1 else more
+        words = f"{grade}. Set {change} in DDIM Inversion. Sample with the source prompt, cfg 1, and the same model."
     if vae is not None and vae < FAIR:
         words += " The VAE alone loses much: load larger frames."
     return words

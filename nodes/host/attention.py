@@ -92,16 +92,10 @@ class GuidedSelfAttention:
         # A window's anchor may also be among its own frames: it is guided once, and its tokens are the same.
         clip_frames = list(dict.fromkeys(info.frames))
         clips = tokens.unflatten(0, (conds, frames))[:, [info.frames.index(frame) for frame in clip_frames]]
+        settings = (heads, self.merge_ratio, clip_frames, self.include_self)
+        parts = [self._of_area(info.area_of(uuid), grid) for uuid in uuids]
         guided = [
-            correspondence_attention(
-                clip[None],
-                self._of_area(info.area_of(uuid), grid),
-                heads,
-                self.merge_ratio,
-                clip_frames,
-                self.include_self,
-            )
-            for clip, uuid in zip(clips, uuids, strict=True)
+            correspondence_attention(clip[None], part, *settings) for clip, part in zip(clips, parts, strict=True)
         ]
         return torch.cat(guided)[:, [clip_frames.index(frame) for frame in info.frames]].flatten(0, 1)
 

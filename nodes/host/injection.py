@@ -17,7 +17,7 @@ from torch import Tensor
 from ...cove.injection import ATTENTION, RESNET, Site, choose_blocks, inject_features
 from ...cove.inversion import SIGMA_TOLERANCE, Inversion
 from . import options
-from .checks import check_no_step_cache, check_not_compiled, check_without, one_prompt, other_tokens, skipped
+from .checks import check_without, one_prompt, other_tokens, skipped
 from .errors import NodeError, naming
 from .options import Frames, frames_in, options_with, run_info
 from .run import publish_run
@@ -206,24 +206,15 @@ class _Injection:
 
     def needs_source(self, sample_sigmas: Tensor) -> bool:
         """Return whether some features of this run are not stored."""
-        for sigma in map(float, sample_sigmas[:-1]):
-            names = self.names_at(sigma)
-            if names and self.stored_for(self.source.inversion.step_at(sigma), names) is None:
-                return True
-        return False
+        needed = {sigma: self.names_at(sigma) for sigma in map(float, sample_sigmas[:-1])}
+        steps = {self.source.inversion.step_at(sigma): names for sigma, names in needed.items() if names}
+        return any(self.stored_for(step, names) is None for step, names in steps.items())
 
     def names_at(self, sigma: float) -> set[str]:
         return {str(site) for site in self.sites if self.active(site.kind, sigma)}
 
 
-def inject(
-    model,
-    inversion: Inversion,
-    sites: tuple[Site, ...],
-    shares: Mapping[str, float],
-    conditioning,
-    node,
-):
+def inject(model, inversion: Inversion, sites: tuple[Site, ...], shares: Mapping[str, float], conditioning, node):
     """Return a clone of MODEL that injects features of the inverted clip during the first sampling steps.
 
     Args:
@@ -244,14 +235,9 @@ def inject(
 
 def _check_run(injection: _Injection, executor, noise: Tensor, latent_image, sampler, sigmas: Tensor, *args, **kwargs):
     """Check before a run that clip and sigmas are those of the inversion."""
-    source, guider = injection.source, executor.class_obj
-    with naming(source.node):
-        check_not_compiled(guider.model_patcher)
-        check_no_step_cache(guider.model_options["transformer_options"].get("wrappers", {}))
-        source.check_clip(noise)
-        source.check_meets([sigma for sigma in map(float, sigmas[:-1]) if injection.names_at(sigma)])
-        if injection.needs_source(sigmas):
-            source.check_prompt()
+    needed = [sigma for sigma in map(float, sigmas[:-1]) if injection.names_at(sigma)]
+    with naming(injection.source.node):
+        injection.source.check_run(executor.class_obj, noise, needed, injection.needs_source(sigmas))
     return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
 
 

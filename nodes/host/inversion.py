@@ -29,12 +29,7 @@ from .visits import Visits
 
 
 def invert(
-    model,
-    conditioning,
-    latent: dict[str, Any],
-    schedule: Schedule,
-    refinements: int,
-    node,
+    model, conditioning, latent: dict[str, Any], schedule: Schedule, refinements: int, node
 ) -> tuple[dict[str, Any], Inversion]:
     """Return the noise as a LATENT, and the inversion. Resumes the same inversion where it was interrupted before.
 
@@ -62,16 +57,9 @@ def invert(
     about = {"model": model_fingerprint(model), "pack": __version__, "refinements": refinements, "prompt": values}
     about["guidance"] = guidance_of(model.model_options)
     columns = {name: [step[name] for step in recorder.steps] for name in recorder.steps[0]}
-    inversion = Inversion.of_steps(
-        schedule,
-        recorder.clip,
-        columns["x"],
-        sigmas,
-        residuals=torch.stack(columns["residual"]),
-        stopped=torch.stack(columns["stopped"]),
-        conditioning=tensors,
-        about=about,
-    )
+    facts = {"residuals": torch.stack(columns["residual"]), "stopped": torch.stack(columns["stopped"])}
+    facts |= {"conditioning": tensors, "about": about}
+    inversion = Inversion.of_steps(schedule, recorder.clip, columns["x"], sigmas, **facts)
     unfinished.discard()
     report_status(node, "; ".join([inversion.quality(), *_left_unfinished()]))
     return result | noise_of(model, inversion), inversion

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...cove.inversion import Inversion
 from . import options
 from .batch import cut_conds
-from .checks import check_conditioning, check_no_reference
+from .checks import check_conditioning, check_no_reference, check_no_step_cache, check_not_compiled
 from .errors import NodeError
 from .noise import start_warnings
 from .options import frames_in, options_with
@@ -47,13 +47,29 @@ class SourceBranch:
             nets, _ = comfy.sampler_helpers.get_additional_models(conds, model.model_dtype())
             model.set_additional_models(self.key, nets)
 
-    def check_clip(self, noise: Tensor) -> None:
-        """Raise when latents of another shape are sampled than those inverted."""
+    def check_run(self, guider, noise: Tensor, sigmas: list[float], computed: bool) -> None:
+        """Raise before a run in which the source cannot run beside the edit.
+
+        Args:
+            sigmas: at which the source's features are needed.
+            computed: whether the source runs; otherwise its features are stored.
+        """
+        check_not_compiled(guider.model_patcher)
+        check_no_step_cache(guider.model_options["transformer_options"].get("wrappers", {}))
         if noise.shape != self.inversion.clip.shape:
             raise NodeError(
                 self.node,
                 f"the inversion is of latents {list(self.inversion.clip.shape)}, but {list(noise.shape)} are sampled. "
                 f"Connect the noise of the same inversion to the sampler.",
+            )
+        self.check_meets(sigmas)
+        if not computed:
+            return
+        check_source_prompt(self.inversion, self.conditioning)
+        if any(extras.get("hooks") for _, extras in self.conditioning):
+            raise ValueError(
+                "the source prompt carries hooks (a LoRA on the prompt), which ComfyUI does not load for a source that "
+                "runs beside the edit. Put the LoRA on the model."
             )
 
     def warn_of_start(self, guider, sigma: Tensor, noise: Tensor, latent_image: Tensor) -> None:
@@ -66,15 +82,6 @@ class SourceBranch:
             warnings.append("sampling starts from other latents than the noise of this inversion")
         if warnings:
             report_status(self.node, "; ".join(warnings), logging.WARNING)
-
-    def check_prompt(self) -> None:
-        """Raise when the source cannot run beside an edit: as `check_source_prompt`, or its prompt has hooks."""
-        check_source_prompt(self.inversion, self.conditioning)
-        if any(extras.get("hooks") for _, extras in self.conditioning):
-            raise ValueError(
-                "the source prompt carries hooks (a LoRA on the prompt), which ComfyUI does not load for a source that "
-                "runs beside the edit. Put the LoRA on the model."
-            )
 
     @contextmanager
     def ready(self, guider, extra_args: dict[str, Any], noise: Tensor) -> Iterator[dict[str, Any]]:

@@ -30,13 +30,7 @@ STORAGES = (MEMORY, DISK)
 
 
 def store_features(
-    model,
-    inversion: Inversion,
-    sites: tuple[Site, ...],
-    steps: int,
-    storage: str,
-    conditioning,
-    node,
+    model, inversion: Inversion, sites: tuple[Site, ...], steps: int, storage: str, conditioning, node
 ) -> Inversion:
     """Return the inversion with the source's features of the first `steps` sampling steps.
 

@@ -20,16 +20,7 @@ from ...cove.tokenflow import Between, between_keyframes, choose_keyframes, near
 from . import options
 from .attention import attend_with
 from .batch import cut_conds
-from .checks import (
-    check_no_reference,
-    check_no_step_cache,
-    check_not_compiled,
-    check_rows,
-    check_slots,
-    one_prompt,
-    other_batch,
-    other_tokens,
-)
+from .checks import check_no_reference, check_rows, check_slots, one_prompt, other_batch, other_tokens
 from .errors import naming
 from .options import Area, Cut, frames_in, options_with, run_info
 from .run import publish_run
@@ -223,15 +214,7 @@ def _of_area(flow: _Flow, fields: Tensor, area: Area | None, call: _Call) -> Ten
 # --- around the run ---
 
 
-def flow_tokens(
-    model,
-    inversion: Inversion,
-    every: int,
-    blend_keyframes: bool,
-    seed: int,
-    conditioning,
-    node,
-):
+def flow_tokens(model, inversion: Inversion, every: int, blend_keyframes: bool, seed: int, conditioning, node):
     """Return a clone of MODEL in which frames take their self-attention from keyframes, by the source's fields."""
     unet = unet_of(model)
     levels, blocks = self_attention_levels(unet), blocks_of(unet)
@@ -254,14 +237,10 @@ def flow_tokens(
 
 def _check_run(flow: _Flow, patches, executor, noise: Tensor, latent_image, sampler, sigmas: Tensor, *args, **kwargs):
     """Check before a run that clip and sigmas are those of the inversion and that the patch is still in its place."""
-    guider, source = executor.class_obj, flow.source
+    guider = executor.class_obj
     with naming(flow.node):
         check_slots(guider.model_options, patches)
-        check_not_compiled(guider.model_patcher)
-        check_no_step_cache(guider.model_options["transformer_options"].get("wrappers", {}))
-        source.check_clip(noise)
-        source.check_meets(sigmas[:-1].tolist())
-        source.check_prompt()
+        flow.source.check_run(guider, noise, sigmas[:-1].tolist(), True)
         conds = [cond for some in guider.conds.values() for cond in some]
         check_no_reference(conds)
         check_rows(conds, len(noise))
