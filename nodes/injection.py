@@ -16,7 +16,7 @@ BLOCKS_TOOLTIP = (
     "none = no block."
 )
 CONDITIONING_TOOLTIP = (
-    "The source prompt of DDIM Inversion. Only needed if that prompt had a ControlNet{}; connect the same one."
+    "The source prompt of DDIM Inversion. Needed only if that prompt had a ControlNet, an area or several entries{}."
 )
 
 

@@ -49,7 +49,7 @@ class TokenFlow(io.ComfyNode):
                 io.Conditioning.Input(
                     "conditioning",
                     optional=True,
-                    tooltip="The source prompt of DDIM Inversion. Only needed if that prompt had a ControlNet.",
+                    tooltip="The source prompt of DDIM Inversion. Needed only if that prompt had a ControlNet.",
                 ),
             ],
             outputs=[io.Model.Output()],

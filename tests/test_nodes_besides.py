@@ -162,7 +162,7 @@ def test_feature_injection_refuses_nodes_that_change_the_tokens(comfy, small, no
     clip = latents(3, 16, 24)
     model = other_nodes(small)[name]()
     noise, inversion = invert(nodes, model, latent=clip)
-    with refused("Feature Injection", "tokens", "(ToMe, HyperTile, Deep Shrink or the like); take it off"):
+    with refused("Feature Injection", "tokens", "(ToMe, HyperTile, Deep Shrink or similar). Remove it"):
         sample(nodes, inject(nodes, model, inversion, **ALL), noise)
 
 
@@ -221,7 +221,7 @@ def test_store_features_refuses_a_negative_prompt_at_cfg_1(small, nodes):
     model = small.clone()
     model.set_model_sampler_post_cfg_function(lambda args: args["denoised"], disable_cfg1_optimization=True)
     _, inversion = invert(nodes, model)
-    wrong = ("runs one prompt at cfg 1", "requires the negative prompt too", "or remove this one")
+    wrong = ("runs one prompt at cfg 1", "requires the negative prompt as well", "or remove this one")
     with refused("Store Features", *wrong), watched(small) as calls:
         store(nodes, model, inversion)
     assert not calls

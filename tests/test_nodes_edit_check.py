@@ -129,9 +129,9 @@ def test_what_does_not_go_together_is_refused(nodes, moving, clip_vision, text):
     with refused("Edit Check", f"source is {FRAMES} frames of {WIDTH}x{HEIGHT}", "edited is 2 frames", "same frames"):
         call(nodes["EditCheck"], **check | {"edited": moving[:2]})
     words = {"clip": text("sd21"), "prompt": "a boat"}
-    with refused("Edit Check", "without a `clip_vision`", "Give both"):
+    with refused("Edit Check", "without `clip_vision`", "Connect both"):
         call(nodes["EditCheck"], **check, **words)
-    with refused("Edit Check", "without a `prompt`", "Give both"):
+    with refused("Edit Check", "without `prompt`", "Connect both"):
         call(nodes["EditCheck"], **check, clip_vision=clip_vision(1024), clip=text("sd21"), prompt=" ")
     with refused("Edit Check", "got SD1ClipModel", "of an SD2.x checkpoint", "leave `clip` open"):
         call(nodes["EditCheck"], **check, clip_vision=clip_vision(768), clip=text("sd15"), prompt="a boat")
@@ -141,5 +141,5 @@ def test_what_does_not_go_together_is_refused(nodes, moving, clip_vision, text):
 
 def test_missing_libraries_are_named_before_any_work(nodes, moving, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with refused("Edit Check", "pip install opencv-python-headless matplotlib", error=ImportError):
+    with refused("Edit Check", "pip install opencv-python-headless matplotlib"):
         call(nodes["EditCheck"], source=moving, edited=moving)

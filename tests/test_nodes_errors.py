@@ -93,7 +93,7 @@ def test_nodes_refuse_a_transformer_model(comfy, nodes, correspondence):
 
 
 def test_features_of_a_model_that_is_guided_already(sd15, nodes, guide):
-    with refused("Diffusion Features", "without Correspondence Attention", "Connect the one before it"):
+    with refused("Diffusion Features", "without Correspondence Attention", "Connect the model from before that node"):
         call(nodes["DiffusionFeatures"], model=guide(sd15), latent=latents())
 
 
@@ -105,7 +105,7 @@ def test_level_that_the_model_has_not(sd15, nodes, name):
 
 def test_self_attention_replaced_twice(comfy, sd15, guide, extra):
     guidance = extra("nodes_sag", "SelfAttentionGuidance")
-    wrong = ("already replaced by", "take the other off")
+    wrong = ("already replaced by", "remove the other")
     with refused(ATTENTION, *wrong, "second Correspondence Attention"):
         guide(guide(sd15))
     with refused(ATTENTION, *wrong, "block middle 0", "nodes_sag"):
@@ -123,7 +123,7 @@ def test_number_of_tokens_changed(comfy, sd15, guide, extra):
         (extra("nodes_tomesd", "TomePatchModel"), (0.3,), "Patch ToMe"),
         (extra("nodes_hypertile", "HyperTile"), (256, 2, 0, False), "HyperTile"),
     ):
-        wrong = (ATTENTION, title, "changes the number of tokens", "take it off this model")
+        wrong = (ATTENTION, title, "changes the number of tokens", "Remove it from this model")
         with refused(*wrong):
             guide(applied(node, sd15, *settings))
         with refused(*wrong):
@@ -133,12 +133,12 @@ def test_number_of_tokens_changed(comfy, sd15, guide, extra):
 def test_number_of_tokens_changed_by_a_node_that_nobody_knows(comfy, sd15, guide, extra):
     dropping = guide(sd15)
     dropping.set_model_attn1_patch(lambda query, key, value, options: (query[:, 1:], key, value))
-    with refused(ATTENTION, "expected a grid of 5x7 tokens, got 34 tokens", "take it off"):
+    with refused(ATTENTION, "expected a grid of 5x7 tokens, got 34 tokens", "Remove it"):
         predict(dropping, latents(), prompt(1))
     shrink = extra("nodes_model_downscale", "PatchModelAddDownscale")
     for block, after_skip, got in ((1, False, "1x2"), (2, True, "2x2")):  # all, or coarser grids only
         shrunk = applied(shrink, guide(sd15), block, 2.0, 0.0, 1.0, after_skip, "bicubic", "bicubic")
-        with refused(ATTENTION, f"expected a grid of 3x4 tokens, got {got}", "Deep Shrink", "take it off"):
+        with refused(ATTENTION, f"expected a grid of 3x4 tokens, got {got}", "Deep Shrink", "Remove it"):
             predict(shrunk, latents(), prompt(1))
 
 
@@ -163,11 +163,11 @@ def test_window_and_k(nodes, found_from, window, k, wrong):
 
 
 def test_latents_of_other_frames_or_size_than_the_correspondence(sd15, guide, correspondence, invert):
-    with refused(ATTENTION, "4 frames of latents", "correspondence is of 3", "same frames"):
+    with refused(ATTENTION, "of 3 frames", "got 4", "same frames"):
         invert(guide(sd15), latents(4))
-    with refused(ATTENTION, "5x7 grid", "latents of 7x5", "7x5, 4x3", "latents of the same size"):
+    with refused(ATTENTION, "grid of 5x7 tokens", "latents of 7x5", "7x5, 4x3", "latents of the same size"):
         invert(guide(sd15), latents(FRAMES, 7, 5))
-    with refused(ATTENTION, "10x14 grid", "latents of 5x7"):
+    with refused(ATTENTION, "grid of 10x14 tokens", "latents of 5x7"):
         predict(guide(sd15, correspondence(FRAMES, 10, 14)), latents(), prompt(1))
 
 
@@ -232,7 +232,7 @@ def test_samplers_refuse_noise_of_another_model_sampling(comfy, sd15, nodes, inv
 
 def test_nodes_refuse_a_noise_mask(sd15, invert, sample, nodes):
     mask = {"noise_mask": torch.ones(1, 40, 56)}
-    wrong = ("expected latents without a noise mask", "Take the mask off", "ImageCompositeMasked")
+    wrong = ("expected latents without a noise mask", "Remove the mask", "ImageCompositeMasked")
     with refused("DDIM Inversion", *wrong):
         invert(sd15, latents() | mask)
     noise = invert(sd15) | mask
@@ -268,11 +268,11 @@ def test_ddim_inversion_and_sampler_stop_at_the_step_that_gave_nan(comfy, sd15, 
     noise = invert(guide(sd15), steps=3)
     model = guide(sd15)
     model.set_model_sampler_post_cfg_function(break_second_step)
-    with refused("DDIM Inversion", "inversion step 2 of 3 (sigma ", "fp32", error=FloatingPointError):
+    with refused("DDIM Inversion", "inversion step 2 of 3 (sigma ", "fp32"):
         invert(model, steps=3)
     assert len(steps) == 2
     steps.clear()
-    with refused("DDIM Sampler", "NaN or Inf", "sampling step 2 of 3", "frames [0, 1, 2]", error=FloatingPointError):
+    with refused("DDIM Sampler", "NaN or Inf", "sampling step 2 of 3", "frames [0, 1, 2]"):
         sample(model, noise)
     assert len(steps) == 2
 

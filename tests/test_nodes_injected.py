@@ -130,14 +130,14 @@ def test_feature_injection_refuses_wrong_blocks(small, nodes, kind, text, wrong)
 
 def test_feature_injection_refuses_a_model_with_injection(small, nodes):
     _, inversion = invert(nodes, small, steps=1)
-    with refused("Feature Injection", "got one with it", "Take one of them off"):
+    with refused("Feature Injection", "got one with it", "Connect the model from before that node"):
         inject(nodes, inject(nodes, small, inversion), inversion)
 
 
 def test_only_samplers_accept_a_model_with_feature_injection(small, nodes):
     _, inversion = invert(nodes, small, steps=1)
     model = inject(nodes, small, inversion)
-    wrong = ("without Feature Injection", "Connect the one before it")
+    wrong = ("without Feature Injection", "Connect the model from before that node")
     with refused("DDIM Inversion", *wrong):
         invert(nodes, model)
     with refused("Store Features", *wrong):
@@ -236,7 +236,7 @@ def test_feature_injection_refuses_latents_of_another_clip(small, nodes):
 @pytest.mark.parametrize("area", [(3, 4, 1, 3), (HEIGHT, WIDTH, 0, 0)])
 def test_feature_injection_refuses_a_source_prompt_with_an_area_or_several_parts(small, nodes, area):
     noise, inversion = invert(nodes, small, steps=2)
-    source, wrong = prompt(1, area=area), ("one source prompt for the whole picture", "Use a plain prompt")
+    source, wrong = prompt(1, area=area), ("one source prompt for the whole picture", "Use a plain source prompt")
     for conditioning in (source, [*prompt(1), *prompt(2)]):
         with refused("Feature Injection", *wrong):
             sample(nodes, inject(nodes, small, inversion, conditioning=conditioning, **ALL), noise)
@@ -299,5 +299,5 @@ def test_feature_injection_survives_clones_without_copying_the_features(small, n
     model = inject(nodes, small, inversion)
     clone = copy.copy(model.clone()).clone()
     wrappers = copy.deepcopy(clone.get_wrappers("calc_cond_batch", "cove_injection"))
-    assert [wrapper.args[0].inversion for wrapper in wrappers] == [inversion]
+    assert [wrapper.args[0].source.inversion for wrapper in wrappers] == [inversion]
     assert torch.equal(sample(nodes, clone, noise), sample(nodes, model, noise))

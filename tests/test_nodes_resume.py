@@ -144,7 +144,7 @@ def test_ddim_inversion_keeps_the_steps_before_an_error(small, nodes, unfinished
 
     with monkeypatch.context() as patched:
         patched.setattr(type(small.model), "apply_model", third_fails)
-        with refused("DDIM Inversion", "inversion step 3 of 4", error=FloatingPointError):
+        with refused("DDIM Inversion", "inversion step 3 of 4"):
             invert(nodes, small, steps=4)
     assert unfinished() == [[0, 1]]
     with watched(small) as calls:

@@ -131,7 +131,7 @@ def test_hints_for_each_frame_stay_with_their_frames(comfy, sd15, nodes, cove, c
 def test_self_attention_replaced_twice(small, nodes):
     noise, inversion = invert(nodes, small)
     guided = call(nodes["CorrespondenceAttention"], model=small)[0]
-    wrong = ("already replaced by", "take the other off this model", "Correspondence Attention or TokenFlow")
+    wrong = ("already replaced by", "remove the other from this model", "Correspondence Attention or TokenFlow")
     with refused(NODE, *wrong):
         flow(nodes, guided, inversion)
     with refused(NODE, *wrong):
@@ -149,14 +149,14 @@ def test_number_of_tokens_changed(comfy, small, nodes):
     from comfy_extras.nodes_tomesd import TomePatchModel
 
     noise, inversion = invert(nodes, small)
-    wrong = (NODE, "Patch ToMe", "changes the number of tokens", "take it off this model")
+    wrong = (NODE, "Patch ToMe", "changes the number of tokens", "Remove it from this model")
     with refused(*wrong):
         flow(nodes, run_stock(TomePatchModel, small, 0.3)[0], inversion)
     with refused(*wrong):
         sample(nodes, run_stock(TomePatchModel, flow(nodes, small, inversion), 0.3)[0], noise)
     dropping = flow(nodes, small, inversion)
     dropping.set_model_attn1_patch(lambda query, key, value, options: (query[:, 1:], key, value))
-    with refused(NODE, "expected a grid of 5x7 tokens, got 34 tokens", "take it off"):
+    with refused(NODE, "expected a grid of 5x7 tokens, got 34 tokens", "Remove it"):
         sample(nodes, dropping, noise)
 
 
@@ -169,7 +169,7 @@ def test_another_size_in_the_edit_than_in_the_source(small, nodes):
 
     model = flow(nodes, small, inversion, blend_keyframes=False)
     model.set_model_unet_function_wrapper(shorter)
-    with refused(NODE, "expected a grid of 3x7 tokens, got 35 in the source", "take it off"):
+    with refused(NODE, "expected a grid of 3x7 tokens, got 35 in the source", "Remove it"):
         sample(nodes, model, noise)
 
 
@@ -189,7 +189,7 @@ def test_batch_cut_by_another_node(small, nodes, blend):
 def test_only_samplers_accept_a_model_with_token_flow(small, nodes):
     _, inversion = invert(nodes, small, steps=1)
     model = flow(nodes, small, inversion)
-    wrong = ("without TokenFlow", "Connect the one before it")
+    wrong = ("without TokenFlow", "Connect the model from before that node")
     with refused("DDIM Inversion", *wrong):
         invert(nodes, model)
     with refused("Store Features", *wrong):
@@ -254,7 +254,7 @@ def test_a_source_prompt_of_several_parts(comfy, small, nodes, monkeypatch, memo
     if memory == "short":  # they come one after another
         set_free_memory(monkeypatch, 0)
     for source in ([*prompt(1), *prompt(2)], prompt(1, area=(3, 4, 1, 3))):
-        with refused(NODE, "one source prompt for the whole picture", "Use a plain prompt"):
+        with refused(NODE, "one source prompt for the whole picture", "Use a plain source prompt"):
             sample(nodes, flow(nodes, small, inversion, conditioning=source), noise)
 
 
@@ -278,7 +278,7 @@ def test_a_transformer_model(comfy, small, nodes):
 def test_two_injections_are_still_refused_beside_it(small, nodes):
     _, inversion = invert(nodes, small, steps=1)
     both = flow(nodes, inject(nodes, small, inversion, **ALL), inversion)
-    with refused("Feature Injection", "got one with it", "Take one of them off"):
+    with refused("Feature Injection", "got one with it", "Connect the model from before that node"):
         inject(nodes, both, inversion)
 
 

@@ -77,7 +77,7 @@ def test_steps_ends_before_one_that_cannot_be_read(unfinished, step, damage):
     assert_same(unfinished.steps()[: step + 1], RECORDS[: step + 1])
 
 
-def test_add_leaves_nothing_of_a_step_that_cannot_be_written(unfinished, monkeypatch):
+def test_add_leaves_nothing_of_a_step_that_cannot_be_written(module, unfinished, monkeypatch):
     before = files(unfinished)
     monkeypatch.setattr(sys.modules[module.save_tensors.__module__], "save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
@@ -127,7 +127,7 @@ def test_size_of_is_just_above_what_the_steps_take(module, tmp_path, shape, step
 def test_unfinished_in_lists_the_oldest_first_with_their_bytes(module, tmp_path):
     (tmp_path / "a file").write_text("not an unfinished inversion")
     (tmp_path / "elsewhere").symlink_to(tmp_path)
-    ones = list(unfinished_ones(tmp_path, 5))
+    ones = list(unfinished_ones(module, tmp_path, 5))
     found = module.unfinished_in(tmp_path)
     assert list(found) == [one.folder for one in ones] and sum(found.values()) == taken(tmp_path) - len(
         "not an unfinished inversion"
@@ -140,7 +140,7 @@ def test_unfinished_in_lists_the_oldest_first_with_their_bytes(module, tmp_path)
 @pytest.mark.parametrize("room", [0, 1, 3, 6])
 def test_make_room_removes_the_oldest_until_all_fits(module, tmp_path, monkeypatch, room):
     (tmp_path / "a file").write_text("not an unfinished inversion")
-    ones = list(unfinished_ones(tmp_path, 7))
+    ones = list(unfinished_ones(module, tmp_path, 7))
     one = ones[0].others() // 6  # all are of one size
     new = module.UnfinishedInversion(tmp_path, "new")
     monkeypatch.setattr(module.UnfinishedInversion, "LIMIT", 7 * one)
@@ -153,7 +153,7 @@ def test_make_room_removes_the_oldest_until_all_fits(module, tmp_path, monkeypat
 
 
 def test_make_room_keeps_its_own_steps(module, tmp_path, monkeypatch):
-    ones = list(unfinished_ones(tmp_path, 3))
+    ones = list(unfinished_ones(module, tmp_path, 3))
     one = ones[0].others() // 2
     monkeypatch.setattr(module.UnfinishedInversion, "LIMIT", 3 * one)
     assert ones[0].make_room(2 * one) is True  # it is the oldest
@@ -161,7 +161,7 @@ def test_make_room_keeps_its_own_steps(module, tmp_path, monkeypatch):
 
 
 def test_make_room_refuses_one_that_exceeds_the_limit_alone(module, tmp_path, monkeypatch):
-    ones = list(unfinished_ones(tmp_path, 5))
+    ones = list(unfinished_ones(module, tmp_path, 5))
     one = ones[0].others() // 4
     monkeypatch.setattr(module.UnfinishedInversion, "LIMIT", 3 * one)
     assert ones[4].make_room(3 * one + 1) is False
@@ -169,7 +169,7 @@ def test_make_room_refuses_one_that_exceeds_the_limit_alone(module, tmp_path, mo
 
 
 def test_make_room_returns_false_when_others_cannot_be_removed(module, tmp_path, monkeypatch):
-    ones = list(unfinished_ones(tmp_path, 3))
+    ones = list(unfinished_ones(module, tmp_path, 3))
     monkeypatch.setattr(module.UnfinishedInversion, "LIMIT", ones[0].others())
     monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)
     assert module.UnfinishedInversion(tmp_path, "new").make_room(1) is False

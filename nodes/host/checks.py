@@ -195,8 +195,8 @@ def one_prompt(transformer_options: Mapping[str, Any], before: Any, node) -> Any
     if len(uuids) != 1 or before not in (None, uuids[0]) or area is not None:
         raise NodeError(
             node,
-            "the source must run with one prompt for the whole picture, but several conditionings or one with an area "
-            "ran. Use a plain source prompt.",
+            "expected one source prompt for the whole picture, but several conditionings or one with an area ran. Use "
+            "a plain source prompt.",
         )
     return uuids[0]
 

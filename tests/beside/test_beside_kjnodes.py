@@ -81,7 +81,7 @@ def test_frames_from_a_batch_are_a_clip_before_inversion_and_lose_their_schedule
     # Core's Latent From Batch keeps it. The frames are then noise, but not that of the inversion.
     part = run_stock(LatentFromBatch, whole, 1, 3)[0]
     assert sample(nodes, small, part).isfinite().all()
-    wrong = "Give the sampler the noise of the same inversion"
+    wrong = "Connect the noise of the same inversion"
     with refused("Feature Injection", wrong):
         sample(nodes, inject(nodes, small, inversion, **ALL), part)
     with refused("TokenFlow", wrong):
