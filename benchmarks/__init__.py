@@ -1,1 +1,1 @@
-"""What the method costs in time and memory. Each benchmark first checks that what it compares gives equal results."""
+"""Benchmarks of time and memory. Each first checks that the implementations it compares give equal results."""

@@ -1,11 +1,11 @@
-"""Time and memory that correspondence-guided attention adds to a step of spatial-temporal attention.
+"""Measure the overhead of correspondence-guided attention over spatial-temporal attention, in time and memory.
 
     python -m benchmarks.attention_cost [--frames 9] [--size 512x320] [--family sd15] [--dtype float32] [--steps 1]
 
 A UNet of SD1.5's or SDXL's shape with random weights runs sampling steps, cond and uncond together, in a real ComfyUI
-(COMFYUI_PATH, or as `scripts/host.py` finds it). First the fast attention is compared with the plain loops; then
-self-attention with and without guidance alternate, each in its own process, for time and peak memory. With several
-`--steps` the first, which loads kernels on a GPU, is not timed.
+(COMFYUI_PATH, or as `scripts/host.py` finds it). First the fast attention is compared with the reference loops. Then
+runs with and without guidance alternate, each in its own process, and time and peak memory are measured. With several
+`--steps`, the first, which loads kernels on a GPU, is not timed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def prove_equality() -> None:
 
 
 class Step:
-    """One sampling step of each variant on the same latents."""
+    """Sampling step of each variant on the same latents."""
 
     def __init__(self, host: Path, arguments: argparse.Namespace):
         import torch
@@ -86,7 +86,7 @@ class Step:
 
 
 def run_one(arguments: argparse.Namespace) -> None:
-    """Print seconds of each step of a variant and its working memory in bytes; profile one more step if asked to."""
+    """Print seconds of each step of a variant and its working memory in bytes; with --profile, profile another step."""
     from benchmarks.memory import working_memory
     from scripts.host import provide_host
 
@@ -144,7 +144,7 @@ def main() -> None:
         f"uncond together; {first} of a fresh process, median of {arguments.repeats}"
     )
     for run in range(arguments.repeats):
-        for name in VARIANTS:  # alternating, so that a drifting machine affects all alike
+        for name in VARIANTS:  # alternating, so that drift of the machine affects all equally
             seconds, memory = measure(name)
             records.add(case_of(name, run), {"seconds": seconds, "MiB": memory / 2**20})
     rounds = {name: [records[case_of(name, run)] for run in range(arguments.repeats)] for name in VARIANTS}

@@ -1,9 +1,9 @@
-"""Time and memory of finding the correspondence for different windows: the paper's Table 4.
+"""Measure time and memory of finding the correspondence for different windows, as in the paper's Table 4.
 
     python -m benchmarks.correspondence_cost [--frames 20] [--grid 64x64] [--channels 320]
 
-First the fast search is compared with the plain loops; then each window runs in its own process, for time and peak
-memory beyond features and result. Operations are the multiplications and additions of one direction,
+First the fast search is compared with the reference loops. Then each window runs in its own process, and time and peak
+memory, excluding features and result, are measured. Operations are the multiplications and additions of one direction,
 2 * (frames - 1) * height * width * window^2 * channels, as the paper counts them.
 """
 
@@ -31,10 +31,10 @@ def prove_equality() -> None:
 
 
 def run(frames: int, height: int, width: int, channels: int, window: int) -> tuple[float, float]:
-    """Return seconds, and MiB beyond features and result."""
+    """Return seconds, and peak memory in MiB excluding features and result."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     features = torch.randn(frames, height, width, channels, generator=torch.Generator().manual_seed(0)).to(device)
-    correspondence.find_correspondence(features[:2, :9, :9], 3, 3)  # libraries loaded by a first call are not counted
+    correspondence.find_correspondence(features[:2, :9, :9], 3, 3)  # warm-up: a first call loads libraries
     found, seconds = None, 0.0
 
     def find() -> None:

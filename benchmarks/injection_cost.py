@@ -1,10 +1,10 @@
-"""Time, working memory and storage of Feature Injection, for each kind of storage of the source's features.
+"""Measure time, working memory and storage of Feature Injection, for each storage of the source's features.
 
     python -m benchmarks.injection_cost
 
 A UNet of SD1.5's shape with random weights inverts random latents and samples them, in a real ComfyUI, with
-Correspondence Attention, prompt and negative prompt, each storage in its own process. Their latents are compared. The
-working memory with `disk` counts pages of the file that the system can drop at any time.
+Correspondence Attention, prompt and negative prompt. Each storage runs in its own process, and their results are
+compared. The working memory with `disk` includes file pages that the system can drop at any time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 NONE = "no injection"
 VARIANTS = (NONE, "recompute", "memory", "disk")
-STEPS = 3  # of inversion and of sampling, injection in all
+STEPS = 3  # of inversion and of sampling; features are injected in all
 
 
 def run(variant: str, frames: int, width: int, height: int, latents: Path) -> None:

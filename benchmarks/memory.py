@@ -1,4 +1,4 @@
-"""Peak memory of a call."""
+"""Measure the peak memory of a call."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 
 def working_memory(run: Callable[[], object]) -> int:
-    """Return the peak memory of `run` in bytes, beyond what was in use before: of the GPU, else of this process.
+    """Return the increase in memory of `run` in bytes, at its peak: of the GPU, or without one of this process.
 
-    Call it once per process: a second call reuses what the allocator kept from the first.
+    Call it once per process: a second call reuses memory that the allocator kept from the first.
     """
     import psutil
     import torch

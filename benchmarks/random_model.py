@@ -1,4 +1,4 @@
-"""A MODEL of SD1.5's or SDXL's shape with random weights, in a real ComfyUI in this process."""
+"""Make a MODEL of SD1.5's or SDXL's shape with random weights, in a real ComfyUI in this process."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SHAPES = {
     },
 }
 CONTEXT = {"sd15": (768, None), "sdxl": (2048, 1280)}  # channels of the prompt, and of its pooled output
-FINEST = {"sd15": 1, "sdxl": 2}  # latents a side of a token of the finest self-attention
+FINEST = {"sd15": 1, "sdxl": 2}  # side of a token of the finest self-attention, in latents
 
 
 def load(host: Path, family: str = "sd15", dtype: str = "float32", **changes):
@@ -40,8 +40,8 @@ def load(host: Path, family: str = "sd15", dtype: str = "float32", **changes):
 
     Args:
         family: one of `SHAPES`.
-        dtype: of weights and computation.
-        changes: to the shape, for a smaller model.
+        dtype: dtype of weights and computation.
+        changes: changes to the shape, for a smaller model.
     """
     nodes = nodes_of(start(host))
     import comfy.model_management

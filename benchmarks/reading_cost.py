@@ -1,9 +1,10 @@
-"""Time and peak memory of reading a clip, compared with FFmpeg's program on the same clip.
+"""Measure time and peak memory of reading a clip, compared with the ffmpeg program on the same clip.
 
     python -m benchmarks.reading_cost [--frames 300] [--size 1920x1080] [--width 512] [--repeats 5]
 
 Needs `ffmpeg` on the path. It draws the clip, then decodes and resizes it to RGB and discards the result. Both results
-are compared first. Runs alternate, each in its own process. Memory: growth of the process, and size of the frames.
+are compared first. Runs alternate, each in its own process. Memory is the growth of the process and the size of the
+frames.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from evidence.tables.records import FOLDER, Records, machine
 
 
 def draw(path: Path, frames: int, size: str) -> None:
-    """A moving test picture with noise, as hard to decode as filmed video."""
+    """Draw a moving test picture with noise, about as hard to decode as filmed video."""
     source = f"testsrc2=size={size}:rate=30,noise=alls=12:allf=t"
     encode = ["-c:v", "libx264", "-preset", "veryfast", "-crf", "20", "-pix_fmt", "yuv420p", "-colorspace", "bt709"]
     encode += ["-frames:v", str(frames)]
@@ -38,7 +39,7 @@ def ffmpeg(path: Path, width: int, height: int, *output: str) -> bytes:
 
 
 def run(path: Path, width: int) -> tuple[float, float, float]:
-    """Seconds, MiB that the process grows by, and MiB of the frames."""
+    """Return seconds, growth of the process in MiB, and size of the frames in MiB."""
     clip, seconds = None, 0.0
 
     def read() -> None:

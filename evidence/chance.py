@@ -1,4 +1,4 @@
-"""Random draws from a `torch.Generator`, and the seeds that no training uses."""
+"""Random draws from a `torch.Generator`, and the seeds held out from training."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Generator
 
 T = TypeVar("T")
-HELD_OUT = 10**9  # seeds from this number on are never trained on
+HELD_OUT = 10**9  # seeds from this number on are held out
 
 
 def held_out(number: int) -> Generator:
@@ -32,6 +32,6 @@ def random_sign(generator: Generator) -> int:
 
 
 def random_step(generator: Generator, low: float, high: float) -> tuple[float, float]:
-    """Draw a vector (x, y) of a length from `low` to `high` and any direction."""
+    """Draw a vector (x, y) with a length from `low` to `high` and any direction."""
     length, angle = between(low, high, generator), between(0, 2 * math.pi, generator)
     return length * math.cos(angle), length * math.sin(angle)

@@ -14,31 +14,31 @@ from .scene import Scene, Thing
 
 @dataclass(frozen=True)
 class Clip:
-    """The same ground and things in every frame, at other positions."""
+    """Scenes with the same ground and things, one per frame, at different positions."""
 
     scenes: tuple[Scene, ...]
 
     def draw(self, height: int, width: int | None = None) -> Tensor:
-        """Return the frames as ComfyUI's IMAGE: [frames, height, width, 3] from 0 to 1; square without `width`."""
+        """Return the frames as ComfyUI's IMAGE, [frames, height, width, 3] from 0 to 1; square without `width`."""
         return torch.stack([scene.draw(height, width) for scene in self.scenes]).permute(0, 2, 3, 1).contiguous()
 
     def tracks(self, frame: int, height: int, width: int | None = None) -> tuple[Tensor, Tensor]:
-        """Follow what is visible at each token of one frame.
+        """Follow the point visible at each token of one frame through the clip.
 
         Args:
             frame: the frame whose tokens are followed.
             height, width: the grid of tokens; square without `width`.
 
         Returns:
-            places: [frames, height, width, 2], (x, y) in tokens with the centre of the first token at 0; also outside
-                the picture and where something hides the point.
+            places: [frames, height, width, 2], (x, y) in tokens with the centre of the first token at 0; also where
+                the point is outside the picture or occluded.
             visible: [frames, height, width] bool.
         """
         width = height if width is None else width
         points, here = pixels(height, width), self.scenes[frame]
         seen = here.on_top(points)
         size = torch.tensor([width, height])
-        half = size / size.min()  # the picture from its middle to its edges
+        half = size / size.min()  # half of the picture, in its units
         places, visible = [], []
         for there in self.scenes:
             place = there.ground.outside(here.ground.inside(points))
@@ -61,9 +61,9 @@ def moved(thing: Thing, pace: tuple[float, float], turn: float, growth: float, f
     """Return a thing as it is `frames` later.
 
     Args:
-        pace: what it moves per frame, (x, y).
+        pace: motion per frame, (x, y).
         turn: radians per frame.
-        growth: share of its radius per frame.
+        growth: growth per frame, as a share of the radius.
     """
     return replace(
         thing,

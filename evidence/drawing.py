@@ -1,4 +1,4 @@
-"""Shapes, colours and grounds as functions of coordinates: whatever moves the coordinates moves the picture.
+"""Shapes, colours and grounds as functions of coordinates, so that moving the coordinates moves the picture.
 
 The unit of a picture is half its shorter side, with the origin in the middle, x to the right and y down. A shape fills
 -1 to 1 in its own coordinates.
@@ -27,18 +27,18 @@ TEXTURES = ("plain", "striped", "dotted", "checkered")
 GROUNDS = ("plain", "cloudy", "tiled")
 
 OUTLINE = 0.09  # width of a shape's dark edge, as a share of its radius
-NOISE = 8  # random values a side in the noise of a cloudy ground
+NOISE = 8  # random values per side in the noise of a cloudy ground
 
 
 def pixels(height: int, width: int | None = None) -> Tensor:
-    """Return the centres of pixels, or of tokens, as (x, y): [height, width, 2]; a square without `width`."""
+    """Return the centres of pixels or tokens as (x, y), [height, width, 2]; square without `width`."""
     width = height if width is None else width
     y, x = ((2 * torch.arange(size) + 1 - size) / min(height, width) for size in (height, width))
     return torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)
 
 
 def soft_step(value: Tensor, softness: float) -> Tensor:
-    """Return 0 below zero, 1 above, and a straight slope `softness` wide between."""
+    """Return 0 below zero and 1 above, with a linear ramp of width `softness` in between."""
     return (value / softness + 0.5).clamp(0, 1)
 
 
@@ -50,7 +50,7 @@ def _box(x: Tensor, y: Tensor, width: float, height: float) -> Tensor:
 
 
 def _polygon(p: Tensor, corners: int, inner: float) -> Tensor:
-    """A star with a corner up and inner corners at `inner`; a regular polygon where `inner` is cos(pi / corners)."""
+    """Star with a corner up and inner corners at radius `inner`; a regular polygon if `inner` is cos(pi / corners)."""
     half = math.pi / corners
     angle = (torch.atan2(p[..., 0], -p[..., 1]) + half) % (2 * half) - half
     radius = p.norm(dim=-1)
@@ -61,7 +61,7 @@ def _polygon(p: Tensor, corners: int, inner: float) -> Tensor:
 
 
 def _heart(p: Tensor) -> Tensor:
-    """A square standing on its corner, with a disc on each upper side."""
+    """Square standing on its corner, with a disc on each upper side."""
     x, y = p[..., 0].abs(), p[..., 1] - 0.08
     disc = torch.hypot(x - 0.375, y + 0.375) - 0.53
     return torch.minimum(disc, (x + y.abs() - 0.75) / math.sqrt(2))
@@ -83,7 +83,7 @@ SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def ground_base(paint: Sequence[float], like: Tensor) -> Tensor:
-    """Return a ground's colour [3], paler than a shape of the same paint, so that a red star shows on a red ground."""
+    """Return the colour [3] of a ground, paler than a shape of the same paint, so that red on red stays visible."""
     return 0.62 * like.new_tensor(paint) + 0.38 * 0.62
 
 
@@ -91,7 +91,7 @@ def ground_light(kind: str, points: Tensor, tilt: float, seed: int, softness: fl
     """Return the brightness of a plain, cloudy or tiled ground at points in its own coordinates: [..., 2] -> [..., 1].
 
     Args:
-        tilt: direction in which it gets brighter, in radians.
+        tilt: direction of the brightness gradient, in radians.
         seed: of the clouds.
         softness: width of an edge between tiles.
     """

@@ -1,4 +1,4 @@
-"""A scene: things in front of a ground, each with coordinates of its own. Each world has its own things and grounds."""
+"""Scene of things in front of a ground, each in its own coordinates; each world defines its things and grounds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .drawing import pixels
 
 
 class Placed:
-    """Coordinates of a thing: +-1 is its edge, whatever its place, size and angle.
+    """Coordinates of a thing, whose edge is at +-1 for every position, size and angle.
 
     `angle` in radians, clockwise as seen.
     """
@@ -37,7 +37,7 @@ class Placed:
 
 
 class Panned:
-    """Coordinates of a ground, which `x`, `y` and `zoom` move like a camera."""
+    """Coordinates of a ground, moved by `x`, `y` and `zoom` like a camera."""
 
     x: float
     y: float
@@ -57,7 +57,7 @@ class Ground(Protocol):
     def outside(self, points: Tensor) -> Tensor: ...
 
     def draw(self, points: Tensor, pixel: float) -> Tensor:
-        """Return the colours at points of the picture, with edges `pixel` wide: [..., 2] -> [..., 3]."""
+        """Return the colours at points of the picture, with edges of width `pixel`: [..., 2] -> [..., 3]."""
         ...
 
 
@@ -80,17 +80,14 @@ class Scene:
     things: tuple[Thing, ...]  # back to front
 
     def on_top(self, points: Tensor) -> Tensor:
-        """Return the index in `things` of what is visible at points, -1 for the ground: [..., 2] -> [...]."""
+        """Return the index in `things` of the thing visible at points, -1 for the ground: [..., 2] -> [...]."""
         seen = torch.full(points.shape[:-1], -1)
         for number, thing in enumerate(self.things):
             seen[thing.covers(points)] = number
         return seen
 
     def draw(self, height: int, width: int | None = None) -> Tensor:
-        """Return the picture, [3, height, width], float32 from 0 to 1, with edges one pixel soft.
-
-        It is square without `width`.
-        """
+        """Return the picture, [3, height, width] float32 from 0 to 1, edges one pixel wide; square without `width`."""
         points, pixel = pixels(height, width), 2 / min(height, width or height)
         picture = self.ground.draw(points, pixel)
         for thing in self.things:

@@ -1,4 +1,4 @@
-"""A small moving clip for whoever has none at hand."""
+"""Render a small moving clip, for tests and for edits without a clip."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ MARGIN = 1.5  # pixels over which a shape's border fades, so that motion below a
 
 
 def render_clip(path: str | Path, frames: int = 9, width: int = 256, height: int = 160, fps: int = 12) -> Path:
-    """Render a striped ball rolling and a box sailing by over textured ground, under a slowly panning camera.
+    """Render a rolling striped ball and a drifting box over a textured ground, with a slowly panning camera.
 
-    Everything is a formula of place and time, so motion is smooth and finer than a pixel, and frame i shows the same
-    scene however many frames are asked for.
+    The picture is a function of position and time, so motion is smooth and subpixel, and frame i does not depend on the
+    number of frames.
 
     Args:
-        path: video to write (H.264 in mp4), replaced in one step.
+        path: video to write (H.264 in mp4), replaced atomically.
         width, height: in pixels, even.
     """
     if frames < 1 or width % 2 or height % 2 or min(width, height) < 16:
@@ -32,7 +32,7 @@ def render_clip(path: str | Path, frames: int = 9, width: int = 256, height: int
 
 
 def _frame(time: float, width: int, height: int) -> np.ndarray:
-    """The scene at `time` seconds, [height, width, 3] from 0 to 1. Lengths are in units of the height."""
+    """Return the scene at `time` seconds, [height, width, 3] from 0 to 1. Lengths are in units of the height."""
     y, x = np.mgrid[0:height, 0:width] / height + 0.5 / height
     aspect = width / height
 
@@ -61,7 +61,7 @@ def _frame(time: float, width: int, height: int) -> np.ndarray:
 
 
 def _texture(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Waves of random direction and of lengths from a third of the height to a thirtieth; about -1 to 1."""
+    """Return a sum of waves in random directions, with wavelengths from 1/3 to 1/30 of the height; about -1 to 1."""
     random = np.random.default_rng(7)
     total = np.zeros_like(x)
     for _ in range(24):

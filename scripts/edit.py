@@ -1,9 +1,9 @@
-"""Edit a clip from the command line: a real ComfyUI, the pack in it, and a workflow.
+"""Edit a clip from the command line, by running a workflow of the pack in a real ComfyUI.
 
     nox -s edit -- --clip clip.mp4 --checkpoint model.safetensors --prompt "a boat in the snow"
 
-With a checkpoint, workflow 1; without a clip, one is rendered. Without a checkpoint, workflow 0: the small model that
-comes with the pack, which knows drawn shapes and no more, and its own clip unless you give one.
+With a checkpoint, workflow 1 runs; without a clip, one is rendered. Without a checkpoint, workflow 0 runs with the demo
+model, which knows only drawn shapes, and with the demo clip unless you pass another.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from scripts.host import PACK, PromptFailed, Server, lay_out, provide_host
 WORKFLOWS = PACK / "workflows" / "api"
 DEMO, EDIT = WORKFLOWS / "0_demo.json", WORKFLOWS / "1_edit_a_clip.json"
 BASE = PACK / ".edit"
-AUDIO = 4  # which output of Load Frames it is
-DEMO_SIZE, DEMO_FRAMES = (128, 128), 8  # what the demo model was trained on; as many as its own clip has
+AUDIO = 4  # index of this output of Load Frames
+DEMO_SIZE, DEMO_FRAMES = (128, 128), 8  # size the demo model was trained on; length of the demo clip
 
 
 def main() -> None:
@@ -56,18 +56,22 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """What the user asked for, with every path checked before anything long begins."""
+    """Return the command line's arguments, after checking every path before a long run starts."""
     parser = argparse.ArgumentParser(
         prog="nox -s edit --", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--clip", type=Path, help="video to edit; none: the demo model's, or one is rendered")
-    parser.add_argument("--checkpoint", type=Path, help="an SD1.5, SD2.x or SDXL checkpoint; none: the demo model")
+    parser.add_argument(
+        "--clip", type=Path, help="video to edit; default: the demo clip, or with --checkpoint a rendered one"
+    )
+    parser.add_argument("--checkpoint", type=Path, help="SD1.5, SD2.x or SDXL checkpoint; default: the demo model")
     parser.add_argument("--prompt", help="what the clip should show")
-    parser.add_argument("--source-prompt", help="what it shows now; none: empty, or what the demo clip shows")
-    parser.add_argument("--steps", type=int, help="sampling steps; inversion keeps its proportion to them")
-    parser.add_argument("--frames", type=int, help="frames to edit, from the clip's first")
-    parser.add_argument("--size", type=size, metavar="WxH", help="in pixels, multiples of 8; 0 follows from the other")
-    parser.add_argument("--output", type=Path, help="file to write; none: <clip>-edited.mp4 here")
+    parser.add_argument("--source-prompt", help="what the clip shows now; default: empty, or the demo clip's prompt")
+    parser.add_argument("--steps", type=int, help="sampling steps; inversion steps scale with them")
+    parser.add_argument("--frames", type=int, help="number of frames to edit, from the first one on")
+    parser.add_argument(
+        "--size", type=size, metavar="WxH", help="size in pixels, multiples of 8; 0 is computed from the other side"
+    )
+    parser.add_argument("--output", type=Path, help="file to write; default: <clip>-edited.mp4 in the current folder")
     parser.add_argument("--check-only", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
 
@@ -107,11 +111,11 @@ def size(text: str) -> tuple[int, int]:
 
 
 def provide_clip(arguments: argparse.Namespace, base: Path) -> Path | None:
-    """The clip to copy to ComfyUI's inputs; None for the demo clip, which has a node of its own."""
+    """Return the clip to copy to ComfyUI's input folder; None for the demo clip, which has its own node."""
     if arguments.checkpoint is None:
         print(
-            "no --checkpoint: taking the small model that comes with the pack. It knows drawn shapes on plain, cloudy "
-            "and tiled grounds, and can make nothing else of a clip.",
+            "no --checkpoint: using the demo model. It knows only drawn shapes on plain, cloudy and tiled grounds, and "
+            "cannot draw anything else.",
             flush=True,
         )
         return arguments.clip
@@ -128,13 +132,13 @@ def read(workflow: Path) -> dict:
 
 
 def fill_in(prompt: dict, clip: Path | None, arguments: argparse.Namespace) -> dict:
-    """A workflow with the user's wishes in it; what they left open stays as the workflow has it."""
+    """Return the workflow with the arguments filled in; options that were not passed keep the workflow's values."""
     size, frames, source = arguments.size, arguments.frames, arguments.source_prompt
     if clip and source is None:
-        source = ""  # nobody said what it shows; it is not what the workflow's own clip shows
+        source = ""  # the workflow's prompt describes another clip
     for node_id, node in prompt.items():
         if node["class_type"] == "CoveLoadDemoClip" and clip:
-            # The rest of the workflow takes the same outputs from Load Frames.
+            # Load Frames has the same outputs, so the rest of the workflow stays unchanged.
             (load,) = [other for other in read(EDIT).values() if other["class_type"] == "CoveLoadFrames"]
             prompt[node_id] = load
             for video in [other for other in prompt.values() if other["class_type"] == "CreateVideo"]:
@@ -165,11 +169,11 @@ def find_video(server: Server, outputs: dict) -> Path:
             for entry in entries:
                 if isinstance(entry, dict) and str(entry.get("filename", "")).endswith(".mp4"):
                     return server.path_of(entry)
-    raise RuntimeError(f"the workflow gave back no video; the log is {server.log}")
+    raise RuntimeError(f"the workflow returned no video; the log is {server.log}")
 
 
 def show_progress(server: Server, prompt: dict) -> None:
-    """Print what ComfyUI's websocket tells: the node that runs and how far it is."""
+    """Print the running node and its progress, from ComfyUI's websocket."""
     import aiohttp
 
     def name(node_id: str) -> str:
@@ -189,7 +193,7 @@ def show_progress(server: Server, prompt: dict) -> None:
                 elif event["type"] == "progress":
                     print(f"\r{name(data['node'])}: {data['value']} of {data['max']}", end="", flush=True)
 
-    with contextlib.suppress(aiohttp.ClientError):  # the server is gone: whoever waits for the prompt says why
+    with contextlib.suppress(aiohttp.ClientError):  # the server has stopped; waiting for the prompt reports why
         asyncio.run(listen())
 
 

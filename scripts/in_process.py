@@ -1,4 +1,4 @@
-"""A real ComfyUI in this process, with the pack loaded as ComfyUI loads it, for tables and benchmarks."""
+"""Run a real ComfyUI in this process, with the pack loaded as ComfyUI loads it, for tables and benchmarks."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from scripts.host import PACK
 
 
 def start(host: Path, **options):
-    """Import ComfyUI and return the pack as a module; ComfyUI keeps no user files.
+    """Import ComfyUI and return the pack as a module; user files go to a temporary folder.
 
-    Afterwards `import nodes` means ComfyUI's file: import what is needed from the root of the repository before.
+    Afterwards, `import nodes` imports ComfyUI's file: import modules from the root of the repository first.
 
     Args:
         host: ComfyUI's folder.
-        options: of ComfyUI's command line, by their names in `comfy.cli_args.args`.
+        options: command-line options of ComfyUI, by their names in `comfy.cli_args.args`.
     """
-    # The pack's `nodes` would hide ComfyUI's.
+    # The pack's `nodes` would shadow ComfyUI's.
     sys.path[:] = [str(host), *(path for path in sys.path if Path(path or ".").resolve() != PACK)]
     import comfy.cli_args
     import torch
@@ -30,7 +30,7 @@ def start(host: Path, **options):
     import comfy.model_management
     import folder_paths
 
-    folder_paths.set_user_directory(tempfile.mkdtemp())  # an interrupted inversion must not be resumed
+    folder_paths.set_user_directory(tempfile.mkdtemp())  # so that no interrupted inversion is resumed
 
     spec = importlib.util.spec_from_file_location("pack", PACK / "__init__.py", submodule_search_locations=[str(PACK)])
     sys.modules["pack"] = module = importlib.util.module_from_spec(spec)
@@ -45,16 +45,16 @@ def nodes_of(pack) -> dict[str, type]:
 
 
 def call(node: type, **inputs) -> tuple:
-    """Return a node's outputs; inputs that are not given have their defaults."""
+    """Return a node's outputs; missing inputs get their defaults."""
     defaults = {i.id: i.default for i in node.define_schema().inputs or [] if getattr(i, "default", None) is not None}
     return node.execute(**defaults | inputs).args
 
 
 def run_prompt(prompt: dict, pack, wanted: str) -> dict[str, tuple]:
-    """Run the nodes of a prompt (API form) that every node of the class `wanted` needs.
+    """Run all nodes of a prompt (API form) that the nodes of the class `wanted` depend on, and these nodes.
 
     Returns:
-        Outputs by "id title" of the node.
+        Outputs of each node, by "id title".
     """
     from nodes import NODE_CLASS_MAPPINGS as stock  # ComfyUI's, after `start`
 

@@ -1,4 +1,4 @@
-"""Measure an edited clip against its source: what Edit Check says, from the command line.
+"""Measure an edited clip against its source, like Edit Check, from the command line.
 
 nox -s measure -- source.mp4 edited.mp4 [--plot plot.png]
 """
@@ -17,11 +17,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="nox -s measure --", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", type=Path, help="the clip that was edited; its first frames, as many as edited has")
-    parser.add_argument("edited", type=Path, help="the edited clip; the source is taken at its size")
+    parser.add_argument("source", type=Path, help="source video; as many frames are read as the edited clip has")
+    parser.add_argument("edited", type=Path, help="edited clip; the source is resized to it")
     parser.add_argument("--start", type=int, default=0, help="first frame of the source that was edited")
-    parser.add_argument("--stride", type=int, default=1, help="every so many frames of the source were edited")
-    parser.add_argument("--plot", type=Path, help="picture to write the curves to")
+    parser.add_argument(
+        "--stride", type=int, default=1, help="the stride of Load Frames: every n-th frame of the source was edited"
+    )
+    parser.add_argument("--plot", type=Path, help="file for the plot")
     parser.add_argument("--check-only", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     for path in (arguments.source, arguments.edited):

@@ -1,1 +1,1 @@
-"""Checks, tests, costs and training on a machine that has a GPU, Python and torch, but no network."""
+"""Checks, tests, benchmarks and training on a machine with a GPU, Python and torch, but without a network."""

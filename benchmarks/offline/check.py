@@ -1,9 +1,9 @@
-"""Is the GPU usable? Workflow 0 in each precision, compared with the CPU in float32.
+"""Check whether the GPU is usable: run workflow 0 in each precision and compare it with the CPU in float32.
 
     python -m benchmarks.offline.check [--only cpu bf16 ...]
 
-Each precision runs in its own process, as ComfyUI chooses device and precision when it is imported, and all at once, so
-timings are rough.
+Each precision runs in its own process, because ComfyUI chooses device and precision when it is imported. All run at the
+same time, so timings are rough.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PRECISIONS = {
 
 
 def edit(precision: str) -> dict:
-    """Run workflow 0; return tensors that its nodes gave out, by name, with seconds and peak memory."""
+    """Run workflow 0; return the output tensors of its nodes by name, with seconds and peak memory in MiB."""
     if precision == "fp32":  # without TF32
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     pack = start(provide_host(), **PRECISIONS[precision])

@@ -1,8 +1,8 @@
-"""A pytest plugin, `-p benchmarks.offline.gpu_host`: the tests' ComfyUI runs on the GPU, in float32.
+"""Pytest plugin that runs the tests' ComfyUI on the GPU, in float32: `-p benchmarks.offline.gpu_host`.
 
-The tests were written for ComfyUI on the CPU. So every MODEL is loaded to the GPU, whatever device a test asks for, and
-tensors are compared on the CPU. What a test itself computes from tensors of two devices fails; the traceback tells such
-a failure from one of the pack.
+The tests were written for ComfyUI on the CPU. The plugin therefore loads every MODEL to the GPU, whatever device a test
+requests, and compares tensors on the CPU. A test that itself combines tensors of two devices fails; the traceback
+distinguishes such a failure from one of the pack.
 """
 
 from __future__ import annotations

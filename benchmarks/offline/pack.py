@@ -1,10 +1,10 @@
-"""Packs what an offline machine lacks into one folder or archive: the repository, ComfyUI and Python packages.
+"""Pack the repository, ComfyUI and missing Python packages for an offline machine into one folder or archive.
 
     python -m benchmarks.offline.pack OUTPUT [--have FILE] [--python 3.12] [--no-repository]
 
-Run it in the environment of `nox -s tests`, whose packages and versions are the ones packed. OUTPUT is a new folder, or
-an archive if it ends in .tar.xz. FILE is what `pip freeze --all` prints on the offline machine, whose packages are left
-out. Without it, the machine is assumed to have torch, torchvision, torchaudio and what these require.
+Run it in the environment of `nox -s tests`, whose packages and versions are packed. OUTPUT is a new folder, or an
+archive if it ends in .tar.xz. FILE is the output of `pip freeze --all` on the offline machine; its packages are left
+out. Without it, the machine is assumed to have torch, torchvision, torchaudio and their requirements.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from packaging.utils import canonicalize_name
 from scripts.host import PACK, provide_host
 
 TORCH = ("torch", "torchvision", "torchaudio")
-# Imported by ComfyUI and not in its requirements; for the tests; for training.
+# Imported by ComfyUI but not in its requirements; needed by the tests; needed by training.
 ALSO = ("requests", "pytest", "pytest-xdist", "scikit-image", "opencv-python-headless", "matplotlib", "diffusers")
-# ComfyUI runs without its web page, templates and help.
+# Not needed: ComfyUI's web page, templates and help.
 SKIPPED = {"comfyui-frontend-package", "comfyui-workflow-templates", "comfyui-embedded-docs"}
 HOST = ("app", "api_server", "alembic_db", "comfy", "comfy_api", "comfy_config", "comfy_execution", "comfy_extras")
 HOST += ("middleware", "utils", "models/configs", "alembic.ini", "requirements.txt", "pyproject.toml", "LICENSE")
-# Tokenizers of models that are no SD model, 16 MiB.
+# Tokenizers of models other than SD, 16 MiB.
 UNUSED = ("__pycache__", "*.pyc", "llama_tokenizer", "qwen25_tokenizer", "t5_tokenizer", "t5_pile_tokenizer")
 UNUSED += ("hydit_clip_tokenizer", "ace_lyrics_tokenizer")
 MANYLINUX = (*(f"manylinux_2_{minor}_x86_64" for minor in range(34, 16, -1)), "manylinux2014_x86_64")
 
 
 def closure(names: Iterable[str]) -> dict[str, str]:
-    """Return the installed version of each of these packages and of all that they require."""
+    """Return the installed version of each of these packages and of all their requirements."""
     found: dict[str, str] = {}
     waiting = [Requirement(name) for name in names]
     while waiting:
@@ -66,18 +66,18 @@ def requirements_of(host: Path) -> list[str]:
 
 
 def missing(host: Path, have: Iterable[str]) -> list[str]:
-    """Return what ComfyUI, tests and training need beyond the packages in `have`, as name==version."""
+    """Return the packages that ComfyUI, tests and training need beyond those in `have`, as name==version."""
     known = {canonicalize_name(name) for name in have}
     return sorted(f"{name}=={version}" for name, version in closure(requirements_of(host)).items() if name not in known)
 
 
 def frozen(text: str) -> list[str]:
-    """Return the names in the output of `pip freeze`."""
+    """Return the package names in the output of `pip freeze`."""
     return [match[0] for line in text.splitlines() if (match := re.match(r"[A-Za-z0-9][\w.-]*", line))]
 
 
 def pack_repository(folder: Path) -> None:
-    """Copy what git tracks or would track, as it is in the working tree."""
+    """Copy all files of the working tree that git does not ignore."""
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listed, cwd=PACK, check=True, capture_output=True).stdout.decode().split("\0")
     for name in filter(None, names):
@@ -98,7 +98,7 @@ def pack_host(host: Path, folder: Path) -> None:
 
 
 def pack_packages(packages: list[str], python: str, folder: Path) -> None:
-    """Install wheels for another Python, Linux on x86-64, into a folder."""
+    """Install wheels into a folder, for Linux on x86-64 and a given version of Python."""
     folder.mkdir(parents=True)
     if packages:
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
@@ -110,7 +110,7 @@ def pack_packages(packages: list[str], python: str, folder: Path) -> None:
 
 
 def pack_page(host: Path, folder: Path) -> None:
-    """Write an empty page under the name of ComfyUI's web page, without which its server does not start."""
+    """Write an empty web page package, without which ComfyUI's server does not start."""
     wanted = re.search(r"comfyui-frontend-package==(\S+)", (host / "requirements.txt").read_text("utf-8"))
     package, version = folder / "comfyui_frontend_package", wanted[1] if wanted else "1.0.0"
     (package / "static").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Runs on the offline machine what was packed for it, each part within its time limit.
+"""Run checks, tests, benchmarks and training on the offline machine, each part within its time limit.
 
     python pack/benchmarks/offline/run.py PART [PART ...] [--limit SECONDS] [--results FOLDER] [--start FILE]
 
@@ -9,7 +9,7 @@ server      the demo edit through ComfyUI's server
 costs       time, memory and kernels of a step, in order of importance until the limit
 train       the model of patterns; saves its state at the limit and exports the model so far
 
-Logs, figures and what training writes are in FOLDER. The script uses the interpreter that it is run with.
+FOLDER gets logs, figures and the files of training. Every part runs with the interpreter of this script.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMITS = {"check": 240, "tests": 500, "host_tests": 300, "server": 180, "costs": 540, "train": 540}
-GRACE = 45  # seconds that a part has to save and print after its limit
+GRACE = 45  # seconds for a part to save and print after its limit
 ATTENTION = "attention_cost --steps=6 --repeats=1"
 COSTS = (
     f"{ATTENTION} --dtype=float16 --frames=16 --size=512x512 --profile={{results}}/kernels.txt",
@@ -43,7 +43,7 @@ COSTS = (
 
 
 class Machine:
-    """The interpreter, the packed folder, and where results go."""
+    """Environment of the packed folder, and the folder for results."""
 
     def __init__(self, packed: Path, results: Path):
         self.results = results
@@ -55,7 +55,7 @@ class Machine:
     def run(
         self, log: str, seconds: float, *arguments: str, stop: int = signal.SIGINT, **environment: str
     ) -> int | None:
-        """Run Python in the repository, its output in a log; None if it was stopped."""
+        """Run Python in the repository with its output in a log; return the exit code, or None if it was stopped."""
         with (self.results / f"{log}.log").open("ab") as file:
             options = {"cwd": ROOT, "env": self.environment | environment, "stdout": file, "stderr": file}
             process = subprocess.Popen([sys.executable, *arguments], **options, start_new_session=True)
@@ -85,7 +85,7 @@ class Machine:
 
 
 def summary(report: Path) -> str:
-    """Count outcomes, with the first line of every failure."""
+    """Return the counts of outcomes, with the first line of every failure."""
     lines, counts = [], {"passed": 0, "failed": 0, "skipped": 0}
     for case in ElementTree.parse(report).iter("testcase"):
         failure = next((child for child in case if child.tag in ("failure", "error")), None)
@@ -103,7 +103,7 @@ def check(machine: Machine, seconds: float, arguments: argparse.Namespace) -> No
 
 
 def tests(machine: Machine, seconds: float, arguments: argparse.Namespace) -> None:
-    # The browser is not packed, and git is not asked.
+    # Neither a browser nor a git repository is packed.
     git = "tests/test_wall.py::test_the_published_pack_has_all_that_the_nodes_use"
     machine.pytest("tests", seconds, "tests", "--ignore=tests/test_browser.py", f"--deselect={git}")
 

@@ -1,1 +1,1 @@
-"""A world with repeated patterns that captions do not describe, the model trained on it, and what it looks at."""
+"""World with repeated patterns that captions do not describe, its model, and a probe of the model's self-attention."""

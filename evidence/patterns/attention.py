@@ -1,4 +1,4 @@
-"""Attention of the UNet in training, and self-attention replaced by its mean."""
+"""Attention processors for training, and for replacing self-attention with its mean."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Attention:
-    """A processor for diffusers' attention that computes it in float32.
+    """Attention processor for diffusers that computes attention in float32.
 
     On a CPU with autocast, the backward pass of attention in bfloat16 takes twice as long as in float32.
     """
@@ -27,22 +27,22 @@ class Attention:
 
 
 class MeanAttention:
-    """A processor that gives every token the mean of all values, one vector for the whole picture."""
+    """Attention processor that returns the mean of all values for every token."""
 
     def __call__(self, attn, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_) -> Tensor:
         value = attn.to_v(hidden_states)
         return attn.to_out[0](value.mean(1, keepdim=True).expand_as(value))
 
 
-SHARPNESS = 2.0  # factor of the first weights of queries and keys
+SHARPNESS = 2.0  # factor on the initial weights of queries and keys
 
 
 @torch.no_grad()
 def begin_with_similar(unet: UNet2DConditionModel) -> None:
-    """Initialize self-attention so that tokens attend to tokens like themselves.
+    """Initialize self-attention so that tokens attend to similar tokens.
 
-    With independent random queries and keys, attention is nearly uniform over the picture, and it takes many hundreds
-    of steps before it helps. With equal ones it finds repeats at once, and training only has to refine it.
+    With independent random queries and keys, attention is nearly uniform over the picture, and many hundreds of steps
+    pass before it helps. With equal ones, it finds repeats from the start, and training only has to refine it.
     """
     for name, module in unet.named_modules():
         if name.endswith(".attn1"):
@@ -52,7 +52,7 @@ def begin_with_similar(unet: UNet2DConditionModel) -> None:
 
 @contextmanager
 def mean_attention(unet: UNet2DConditionModel) -> Iterator[None]:
-    """Replace the finest self-attention, before and after the bottleneck, by its mean while the context is open."""
+    """Replace the finest self-attention of encoder and decoder with its mean inside the context."""
     processors = unet.attn_processors
     finest = ("down_blocks.0.", f"up_blocks.{len(unet.up_blocks) - 1}.")
     mean = MeanAttention()

@@ -1,4 +1,4 @@
-"""Random clips of patterns."""
+"""Random clips of the world of patterns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..scene import Scene
 from .scenes import random_scene
 
 MOTIONS = ("move", "scale", "rotate", "all")
-WINDOW = 9  # tokens a side of the window of matches; tiles of a clip's ground are larger
+WINDOW = 9  # side of the search window in tokens; tiles of a clip's ground are larger
 
 
 def random_clip(
@@ -22,11 +22,11 @@ def random_clip(
     """Draw a clip for a grid of height x width tokens.
 
     From frame to frame, a thing moves by one to two tokens and the ground by half of that; things turn by 3 to 8
-    degrees, and grow or shrink by up to a third over the clip. All things turn and grow alike, each moves its own way.
+    degrees, and grow or shrink by up to a third over the clip. All things turn and grow equally but move independently.
 
     Args:
         motion: "move", "scale", "rotate" or "all" of them.
-        things: how many things at most. Their tiles and motifs follow the grid; a tile is larger than `WINDOW`.
+        things: largest number of things. Tiles and motifs scale with the grid; a tile is larger than `WINDOW`.
     """
     if motion not in MOTIONS:
         raise ValueError(f"motion must be one of {', '.join(MOTIONS)}, got {motion!r}")

@@ -1,9 +1,9 @@
-"""Shows whether the model uses its finest self-attention: `python -m evidence.patterns.looks`.
+"""Test whether the model uses its finest self-attention: `python -m evidence.patterns.looks`.
 
-Prints losses on held-out pictures and the agreement between repeats of invented patterns, for the model as it is and
+Prints losses on held-out pictures and the agreement between repeats of generated patterns, for the unchanged model and
 with the finest self-attention replaced by its mean. Plain drawn scenes are noised to t = 800 and denoised with captions
-that ask for patterns: shapes stay, patterns must be invented. Agreement is the correlation between tiles of a ground,
-and between twins in their own coordinates. Chance is the same measure between different pictures.
+that name patterns: shapes stay, patterns must be generated. Agreement is the correlation between tiles of a ground, and
+between twins in their own coordinates. Chance is the same measure between different pictures.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from .scenes import WORDS, caption, random_scene
 from .train import FOLDER, SIZE, TIMESTEPS, WORLD, Probe, trained_so_far
 from .world import Thing
 
-NOISED = 800  # the timestep from which patterns are invented
+NOISED = 800  # timestep from which patterns are generated
 STEPS, CFG = 25, 3.0
-SHIFTS = range(5 * PATCH - 2, 13 * PATCH)  # pixels between tiles that are tried
+SHIFTS = range(5 * PATCH - 2, 13 * PATCH)  # candidate tile periods in pixels
 
 
 def scenes_with_repeats(count: int, grid: int) -> list[Scene]:
@@ -89,7 +89,7 @@ def tile_agreement(
 
 
 def motif(picture: Tensor, thing: Thing) -> Tensor:
-    """Return the middle of a thing in its own coordinates: [3, height, width] -> [3, points]."""
+    """Sample the centre of a thing in its own coordinates: [3, height, width] -> [3, points]."""
     height, width = picture.shape[1:]
     places = thing.outside(pixels(24, 24) * 0.55) * min(height, width) / torch.tensor([width, height])
     return F.grid_sample(picture[None], places[None], align_corners=False)[0].flatten(1)
@@ -119,7 +119,7 @@ def agreement(pictures: Tensor, scenes: list[Scene]) -> dict[str, float]:
 
 @torch.no_grad()
 def invent(diffusion: Diffusion, latents: Tensor, captions: list[str], seed: int) -> Tensor:
-    """Noise scaled latents to `NOISED` and denoise them with DDIM."""
+    """Add noise to scaled latents up to `NOISED` and denoise them with DDIM."""
     signal, tokenizer = alphas(), make_tokenizer(WORDS)
     prompts, nothing = tokens_of(tokenizer, captions), tokens_of(tokenizer, [""] * len(captions))
     noise = torch.randn(latents.shape, generator=Generator().manual_seed(seed))
@@ -140,11 +140,11 @@ def decode(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="the training to look at (default: %(default)s)")
-    parser.add_argument("--file", type=Path, help="an exported file to look at instead")
-    parser.add_argument("--grid", type=int, default=32, help="tokens a side (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="folder of the training (default: %(default)s)")
+    parser.add_argument("--file", type=Path, help="exported file to test instead")
+    parser.add_argument("--grid", type=int, default=32, help="tokens per side (default: %(default)s)")
     parser.add_argument("--count", type=int, default=12, help="scenes with repeats (default: %(default)s)")
-    parser.add_argument("--sheet", type=Path, help="write the pictures here: drawn, sampled, sampled with the mean")
+    parser.add_argument("--sheet", type=Path, help="file for the pictures: drawn, sampled, sampled with the mean")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -1,7 +1,7 @@
-"""Random scenes and their captions.
+"""Random scenes of patterns and their captions.
 
-Sizes of cells and tiles follow the grid of tokens that the scene is made for, so that patterns have the same scale in
-tokens on every grid.
+Sizes of cells and tiles depend on the token grid of the scene, so that patterns have the same scale in tokens on every
+grid.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ COLOUR_WORDS = (*COLOURS, FREE)
 TEXTURE_WORDS = (*TEXTURES, "patterned")
 GROUND_KINDS = (*GROUNDS, "paved")
 NUMBERS = ("a", "two", "three")
-CELL = (1.25, 2.0)  # tokens a side of a mosaic's cell
+CELL = (1.25, 2.0)  # side of a mosaic cell in tokens, smallest and largest
 PLURALS = {shape: f"{shape}es" if shape.endswith("s") else f"{shape}s" for shape in SHAPES}
 WORDS = (
     *("a", "an", "two", "three", "and", "on", "ground", *COLOUR_WORDS),
@@ -32,7 +32,7 @@ WORDS = (
 
 
 def caption(scene: Scene) -> str:
-    """Return what the caption says, front kind first: "two patterned red stars on a paved green ground"."""
+    """Return the caption of a scene, front kind first: "two patterned red stars on a paved green ground"."""
     counts = Counter(thing.kind for thing in reversed(scene.things))
     things = [_named(count, look.texture, look.colour, shape) for (shape, look), count in counts.items()]
     return f"{' and '.join(things)} on {_named(1, scene.ground.kind, scene.ground.colour, 'ground')}"
@@ -54,7 +54,7 @@ def random_scene(
     Args:
         most: largest number of things.
         period: smallest and largest period of a paved ground, in tokens. By default 5 to 12, at most two fifths of
-            the grid. Matches are ambiguous where it is smaller than their window.
+            the grid. Matches are ambiguous if it is smaller than their window.
     """
     side = min(height, width)
     counts = _random_counts(generator, most)
@@ -70,7 +70,7 @@ def random_scene(
 
 
 def random_look(generator: Generator, diameter: float, taken: Collection[str] = ()) -> Look:
-    """Draw a look for things `diameter` tokens across, of none of the colours that are taken; half are patterned."""
+    """Draw a look for things `diameter` tokens across, in a colour that is not taken; half are patterned."""
     colour, paint = _random_paint(generator, taken)
     patterned = float(torch.rand((), generator=generator)) < 0.5
     second = (0.55, 0.55, 0.58) if colour in ("white", "black") else tuple(0.25 * value + 0.75 for value in paint)
@@ -89,7 +89,7 @@ def random_look(generator: Generator, diameter: float, taken: Collection[str] = 
 def random_ground(
     generator: Generator, side: int, taken: Collection[str] = (), period: tuple[int, int] | None = None
 ) -> Ground:
-    """Draw a ground for a shorter side of `side` tokens, of none of the colours taken; three in five are paved."""
+    """Draw a ground for a shorter side of `side` tokens, in a colour that is not taken; three in five are paved."""
     colour, paint = _random_paint(generator, taken)
     low, high = period or (5, max(5, min(12, 2 * side // 5)))
     sizes = [int(torch.randint(low, high + 1, (), generator=generator)) for _ in range(2)]
@@ -109,14 +109,14 @@ def random_ground(
 
 
 def _random_counts(generator: Generator, most: int) -> list[int]:
-    """Draw the number of things of each kind: one kind in four scenes of five, else two."""
+    """Draw the number of things of each kind: one kind in four of five scenes, else two."""
     first = min(most, 1 + int(torch.multinomial(torch.tensor([0.3, 0.45, 0.25]), 1, generator=generator)))
     several = float(torch.rand((), generator=generator)) < 0.2
     return [first, 1] if several and first < most else [first]
 
 
 def _random_paint(generator: Generator, taken: Collection[str]) -> tuple[str, Colour]:
-    """Draw a colour word that is not taken, and a colour near the one it names, or of any hue."""
+    """Draw a colour word that is not taken, and a colour near the named one, or of any hue for `FREE`."""
     word = pick([colour for colour in COLOUR_WORDS if colour not in taken], generator)
     if word == FREE:
         hue = between(0, 6, generator)
@@ -140,11 +140,11 @@ def _place_kind(
     others: Sequence[Thing],
     step: float,
 ) -> list[Thing]:
-    """Draw places for the things of one kind, apart from one another and from the others where there is room.
+    """Draw positions for the things of one kind, without overlap if there is room.
 
     Args:
         reach: half the picture's height and width, in picture units.
-        step: the things lie a multiple of this apart on each axis; 0 = anywhere.
+        step: distances between the things are multiples of this on each axis; 0 = any distance.
     """
     shape, angle = pick(SHAPES, generator), between(0, 2 * math.pi, generator)
     alike = float(torch.rand((), generator=generator)) < 0.75

@@ -1,4 +1,4 @@
-"""Textures and mosaics as functions of coordinates: whatever shares coordinates and parameters looks the same."""
+"""Textures and mosaics as functions of coordinates: equal coordinates and parameters give equal looks."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from torch import Generator, Tensor
 
 from ..drawing import soft_step
 
-MOSAIC = 0.65  # share of a random colour in each cell; the rest is the colour that the caption names
+MOSAIC = 0.65  # share of a random colour in each cell; the rest is the named colour
 
 
 def mosaic_cells(seed: int, rows: int, columns: int, colour: Tensor) -> Tensor:
-    """Return random cells of a mosaic tinted by `colour` [3]: [rows, columns, 3], values from 0 to 1."""
+    """Return random cells of a mosaic, tinted by `colour` [3]: [rows, columns, 3] from 0 to 1."""
     chance = torch.rand((rows, columns, 3), generator=Generator().manual_seed(seed))
     return MOSAIC * chance + (1 - MOSAIC) * colour
 
 
 def mosaic(cells: Tensor, points: Tensor, softness: float) -> Tensor:
-    """Return the colours of a mosaic that repeats over the plane.
+    """Return the colours at points of a mosaic that repeats over the plane.
 
     Args:
         cells: [rows, columns, 3]; cell (0, 0) covers 0 to 1 on both axes.
@@ -28,14 +28,14 @@ def mosaic(cells: Tensor, points: Tensor, softness: float) -> Tensor:
         [..., 3].
     """
     first = (points - 0.5).floor()
-    share = soft_step(points - 1 - first, softness)  # of the next cell, on each axis
+    share = soft_step(points - 1 - first, softness)  # weight of the next cell, on each axis
     columns, rows = ([(first[..., axis].long() + step) % cells.shape[1 - axis] for step in (0, 1)] for axis in (0, 1))
     top, bottom = (torch.lerp(*(cells[row, column] for column in columns), share[..., :1]) for row in rows)
     return torch.lerp(top, bottom, share[..., 1:])
 
 
 def second_colour_at(texture: str, points: Tensor, period: float, phase: float, softness: float) -> Tensor:
-    """Return where a striped, dotted or checkered texture shows its second colour, from 0 to 1: [..., 2] -> [...].
+    """Return the share of the second colour of a texture at points, from 0 to 1: [..., 2] -> [...].
 
     Args:
         period: distance between stripes or dots, or a check's side, in the units of `points`.

@@ -1,4 +1,4 @@
-"""Trains the model of patterns: `python -m evidence.patterns.train`; the same command continues where it stopped.
+"""Train the model of patterns: `python -m evidence.patterns.train`; the same command resumes a stopped run.
 
 SIGTERM and Ctrl-C save the state after the current step. Every 200 steps, losses on held-out pictures go to
 `losses.csv` in the folder.
@@ -37,13 +37,13 @@ from .attention import Attention, begin_with_similar, mean_attention
 from .scenes import WORDS, caption, random_scene
 
 FOLDER = Path.home() / ".cache" / "cove" / "training" / "patterns"
-START = "start.safetensors"  # in the folder: the snapshot that the training began with
+START = "start.safetensors"  # in the folder: the snapshot from which training started
 TIMESTEPS = (100, 300, 500, 700)
-HELD = 32  # held-out pictures whose losses are measured
-EVERY = 200  # steps between such measurements
-WARM = 100  # steps in which the optimizer warms up after the start from a snapshot
+HELD = 32  # held-out pictures for measuring the loss
+EVERY = 200  # steps between measurements
+WARM = 100  # warm-up steps of the optimizer after starting from a snapshot
 
-# About twelve hours of one core of a Xeon with AMX. Small pictures first: a step sees more of them in the same time.
+# About twelve hours on one core of a Xeon with AMX. Small pictures come first: more of them fit into the same time.
 SIZE = Size(
     autoencoder=96,
     unet=(64, 128, 128),
@@ -78,7 +78,7 @@ class Probe:
 
     @torch.no_grad()
     def loss(self, diffusion: Diffusion, timestep: int) -> float:
-        """Return the mean squared error of the noise at one timestep, with the same noise for every model."""
+        """Return the mean squared error of the noise at one timestep, on the same noise for every model."""
         noise = draw_noise(self.latents.shape, Generator().manual_seed(timestep)).to(self.latents)
         left = alphas()[timestep]
         noisy = left.sqrt() * self.latents + (1 - left).sqrt() * noise
@@ -91,19 +91,19 @@ class Probe:
         return torch.cat(errors).mean().item()
 
     def losses(self, diffusion: Diffusion) -> list[float]:
-        """Return the loss at each of `TIMESTEPS`, then the same with the finest self-attention replaced by its mean."""
+        """Return the loss at each of `TIMESTEPS`, then with the finest self-attention replaced by its mean."""
         plain = [self.loss(diffusion, timestep) for timestep in TIMESTEPS]
         with mean_attention(diffusion.unet):
             return plain + [self.loss(diffusion, timestep) for timestep in TIMESTEPS]
 
 
 class Observer:
-    """Writes held-out losses after every `EVERY` steps, and stops the run when a signal asks for it."""
+    """Observer that logs held-out losses every `EVERY` steps and stops the run on a signal."""
 
     def __init__(self, size: Size, log: Path):
         self.size, self.log, self.stop, self.cpu = size, log, StopOnSignal(), time.process_time()
         self.autoencoder: Autoencoder | None = None  # set once it is trained
-        self.probes: dict[int, Probe] = {}  # by pixels a side; only that of the present stage is kept
+        self.probes: dict[int, Probe] = {}  # by pixels per side; only the current stage's is kept
 
     def __call__(self, run: Run) -> None:
         if run.done % EVERY == 0:
@@ -124,7 +124,7 @@ class Observer:
 
 
 def begin_with(snapshot: Path, size: Size, run: Run) -> None:
-    """Make a run without steps continue from a snapshot; its optimizer warms up again."""
+    """Start a new run from a snapshot; the optimizer warms up again."""
     _, diffusion, begun = load_snapshot(snapshot, size, WORDS)
     if run.done == 0:
         run.model.load_state_dict(diffusion.state_dict())
@@ -141,7 +141,7 @@ def train(size: Size, folder: Path, observer: Observer) -> tuple[Autoencoder, nn
     if snapshot.is_file():
         autoencoder = load_snapshot(snapshot, size, WORDS)[0].to(device)
     else:
-        small = replace(size, stages=size.stages[:1])  # the autoencoder needs no more than the smallest pictures
+        small = replace(size, stages=size.stages[:1])  # the smallest pictures are enough for the autoencoder
         autoencoder = train_autoencoder(small, WORLD, folder, device, observer.stop)
     observer.autoencoder = autoencoder
 
@@ -157,14 +157,14 @@ def train(size: Size, folder: Path, observer: Observer) -> tuple[Autoencoder, nn
 
 
 def write(path: Path, size: Size, autoencoder: Autoencoder, diffusion: nn.Module, steps: int) -> None:
-    """Write the file that Load Demo Model loads and that a training can start from."""
+    """Export the model to a file for Load Demo Model, from which training can also start."""
     pictures = WORLD.pictures(range(HELD_OUT, HELD_OUT + 64), size.stages[0].picture)
     scale = scale_of(size, WORLD, autoencoder)
     export(path, size, make_tokenizer(WORDS), autoencoder, diffusion, scale, pictures, steps)
 
 
 def trained_so_far(size: Size, folder: Path) -> tuple[Autoencoder, nn.Module, int]:
-    """Return autoencoder, averaged UNet and text encoder, and the number of steps, of the training in a folder."""
+    """Return autoencoder, averaged UNet with text encoder, and number of steps of the training in a folder."""
     if not (folder / "diffusion.pt").is_file():
         raise FileNotFoundError(f"{folder} holds no training: start one with python -m evidence.patterns.train")
     if (folder / START).is_file():
@@ -181,8 +181,8 @@ def trained_so_far(size: Size, folder: Path) -> tuple[Autoencoder, nn.Module, in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=FOLDER, help="state of the training (default: %(default)s)")
-    parser.add_argument("--start", type=Path, help="exported file to start from, where the folder holds no training")
-    parser.add_argument("--export", type=Path, help="write the model as it is now to this file, and end")
+    parser.add_argument("--start", type=Path, help="exported file to start from, if the folder holds no training")
+    parser.add_argument("--export", type=Path, help="export the current model to this file and exit")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

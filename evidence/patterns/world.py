@@ -1,7 +1,7 @@
-"""Scenes whose looks are shared within a picture and not given by its caption.
+"""Things and grounds whose looks are shared within a picture but not described by its caption.
 
-A ground can be paved with one random tile. Things come in kinds of one to three; all things of a kind share one `Look`,
-drawn per scene in the coordinates of the thing.
+A ground can be paved with one random tile. One to three things form a kind; all things of a kind share one random
+`Look`, in the coordinates of the thing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Colour = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Look:
-    """The look that all things of one kind share. The caption names `colour` and `texture` and nothing else of it."""
+    """Look shared by all things of one kind. The caption names only `colour` and `texture`."""
 
     colour: str
     texture: str
@@ -70,7 +70,7 @@ class Thing(Placed):
 
 @dataclass(frozen=True)
 class Ground(Panned):
-    """The background. `tilt` is the direction of its gradient in radians."""
+    """Background. `tilt` is the direction of its brightness gradient in radians."""
 
     colour: str
     kind: str
@@ -84,7 +84,7 @@ class Ground(Panned):
     zoom: float = 1.0
 
     def draw(self, points: Tensor, pixel: float) -> Tensor:
-        """Return the colours at points of the picture, with edges `pixel` wide: [..., 2] -> [..., 3]."""
+        """Return the colours at points of the picture, with edges of width `pixel`: [..., 2] -> [..., 3]."""
         own, softness = self.inside(points), pixel / self.zoom
         base = ground_base(self.paint, points)
         if self.kind == "paved":

@@ -1,1 +1,1 @@
-"""The world of the demo model: flat shapes on plain, cloudy or tiled grounds, the model's training, its classifier."""
+"""World of the demo model: flat shapes on plain, cloudy or tiled grounds; training of the model; classifier."""

@@ -1,8 +1,8 @@
-"""A classifier of pictures of shapes, trained on drawn pictures only, to score what a diffusion model makes.
+"""Classifier of pictures of shapes, trained on drawn pictures only, for scoring samples of a diffusion model.
 
-It names shape, colour and texture of the thing, and colour and kind of the ground. `python -m
+It predicts shape, colour and texture of the thing, and colour and kind of the ground. `python -m
 evidence.shapes.classifier` trains it, writes `classifier.safetensors` beside this file, and prints its accuracy on
-scenes that neither it nor the demo model was trained on.
+held-out scenes.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ QUESTIONS = {
 
 
 def answers(scene: Scene) -> list[int]:
-    """Return the index of the right choice for each of `QUESTIONS`."""
+    """Return the index of the correct choice for each of `QUESTIONS`."""
     thing, ground = scene.things[-1], scene.ground
     right = (thing.shape, thing.colour, thing.texture, ground.colour, ground.kind)
     return [choices.index(one) for choices, one in zip(QUESTIONS.values(), right, strict=True)]
 
 
 class Classifier(nn.Module):
-    """Maps pictures [n, 3, height, width] from 0 to 1 to one score per choice, for each question."""
+    """Map pictures, [n, 3, height, width] from 0 to 1, to one score per choice for each question."""
 
     def __init__(self, width: int = 32):
         super().__init__()
@@ -75,7 +75,7 @@ def load_classifier() -> Classifier:
 
 
 def _examples(number: int, count: int, generator: Generator | None) -> tuple[Tensor, Tensor]:
-    """Return pictures and answers from scene `number` on; with a generator, blurred and noisy like decoded ones."""
+    """Return pictures and answers from scene `number` on; with a generator, augmented with blur and noise."""
     scenes = [random_scene(Generator().manual_seed(number + i), most=1) for i in range(count)]
     pictures = torch.stack([scene.draw(SIDE) for scene in scenes])
     if generator is not None:

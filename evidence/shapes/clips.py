@@ -1,4 +1,4 @@
-"""Random clips of shapes, and the clip that comes with the pack.
+"""Random clips of shapes, and the demo clip of the pack.
 
 `python -m evidence.shapes.clips` writes demo/clip.mp4.
 """
@@ -29,7 +29,7 @@ def random_clip(generator: Generator, frames: int, motion: str = "all") -> Clip:
     half of that; it turns by 3 to 8 degrees, and over the whole clip it grows or shrinks by up to a third.
 
     Args:
-        motion: what the thing does: "move", "scale", "rotate", "all" of them, or "occlude": a second thing crosses it.
+        motion: "move", "scale", "rotate", "all" of them, or "occlude", in which a second thing crosses the first.
     """
     if motion not in MOTIONS:
         raise ValueError(f"motion must be one of {', '.join(MOTIONS)}, got {motion!r}")
@@ -62,7 +62,7 @@ def _centred(thing: Thing, generator: Generator) -> Thing:
 
 
 def demo_clip() -> Clip:
-    """Return a striped red star on a cloudy blue ground that turns and moves by a token per frame."""
+    """Return the demo clip: a striped red star on a cloudy blue ground, turning and moving by a token per frame."""
     thing = Thing("star", "red", "striped", x=0.0, y=0.0, radius=0.6, angle=0.3)
     ground = Ground("blue", "cloudy", tilt=0.8, seed=5)
     away = [frame - 3.5 for frame in range(8)]

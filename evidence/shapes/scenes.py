@@ -16,7 +16,7 @@ WORDS = ("a", "an", "and", "on", "ground", *COLOURS, *SHAPES, *TEXTURES, *GROUND
 
 
 def caption(scene: Scene) -> str:
-    """Return what the scene shows, front thing first: "a striped red star on a cloudy blue ground"."""
+    """Return the caption of a scene, front thing first: "a striped red star on a cloudy blue ground"."""
     things = [_named(thing.texture, thing.colour, thing.shape) for thing in reversed(scene.things)]
     return f"{' and '.join(things)} on {_named(scene.ground.kind, scene.ground.colour, 'ground')}"
 
@@ -27,7 +27,7 @@ def _named(texture: str, colour: str, noun: str) -> str:
 
 
 def random_scene(generator: Generator, most: int = 2) -> Scene:
-    """Draw one thing on a ground of another colour, and in a tenth of the scenes, where `most` allows, a second."""
+    """Draw one thing on a ground of another colour; in a tenth of the scenes, if `most` allows, a second one."""
     several = most > 1 and float(torch.rand((), generator=generator)) < 0.1
     things: list[Thing] = []
     for _ in range(2 if several else 1):

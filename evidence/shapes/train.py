@@ -1,4 +1,4 @@
-"""Trains the demo model: `python -m evidence.shapes.train`; the same command continues where it stopped.
+"""Train the demo model: `python -m evidence.shapes.train`; the same command resumes a stopped run.
 
 The autoencoder comes first, then UNet and text encoder on its latents, then the file for Load Demo Model. SIGTERM and
 Ctrl-C save the state after the current step.
@@ -23,7 +23,7 @@ from .scenes import WORDS, caption, random_scene
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / ".training" / "shapes"
 
-# Two hours of two CPU cores.
+# Two hours on two CPU cores.
 SIZE = Size(
     autoencoder=64,
     unet=(64, 128, 128),
@@ -62,7 +62,7 @@ def main() -> None:
     diffusion, scale = train_diffusion(SIZE, WORLD, autoencoder, options.folder, device, stop)
     pictures = WORLD.pictures(range(HELD_OUT, HELD_OUT + 64), SIZE.picture).to(device)
     export(options.output, SIZE, make_tokenizer(WORDS), autoencoder, diffusion, scale, pictures)
-    print(f"written: {options.output}")
+    print(f"wrote {options.output}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from ..scene import Panned, Placed
 
 @dataclass(frozen=True)
 class Thing(Placed):
-    """One shape. Its texture is a function of its own coordinates, so it moves with the shape."""
+    """One shape, with a texture in its own coordinates that moves with it."""
 
     shape: str
     colour: str
@@ -32,7 +32,7 @@ class Thing(Placed):
         own, softness = self.inside(points), pixel / self.radius
         distance = SHAPES[self.shape](own)
         colour = own.new_tensor(COLOURS[self.colour])
-        # Patterns are drawn in a pale tint, and on white and black in grey.
+        # The second colour is a pale tint; on white and black, grey.
         grey = self.colour in ("white", "black")
         second = own.new_tensor([0.55, 0.55, 0.58]) if grey else 0.25 * colour + 0.75
         share = second_colour_at(self.texture, own, softness)[..., None]
@@ -44,7 +44,7 @@ class Thing(Placed):
 
 @dataclass(frozen=True)
 class Ground(Panned):
-    """The background. `tilt` is the direction of its gradient in radians, `seed` that of its clouds."""
+    """Background. `tilt` is the direction of its brightness gradient in radians, `seed` the seed of its clouds."""
 
     colour: str
     kind: str
@@ -55,13 +55,13 @@ class Ground(Panned):
     zoom: float = 1.0
 
     def draw(self, points: Tensor, pixel: float) -> Tensor:
-        """Return the colours at points of the picture, with edges `pixel` wide: [..., 2] -> [..., 3]."""
+        """Return the colours at points of the picture, with edges of width `pixel`: [..., 2] -> [..., 3]."""
         light = ground_light(self.kind, self.inside(points), self.tilt, self.seed, pixel / self.zoom)
         return (ground_base(COLOURS[self.colour], points) * light).clamp(0, 1)
 
 
 def second_colour_at(texture: str, points: Tensor, softness: float) -> Tensor:
-    """Return where a texture shows its second colour, from 0 to 1: [..., 2] -> [...]."""
+    """Return the share of the second colour of a texture at points, from 0 to 1: [..., 2] -> [...]."""
     x, y = points.unbind(-1)
     match texture:
         case "striped":

@@ -1,1 +1,1 @@
-"""What docs/results.md reports: each module measures one table, or a family of tables, on the demo model."""
+"""Measurements of docs/results.md: each module measures one table or family of tables on the demo model."""

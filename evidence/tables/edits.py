@@ -1,11 +1,10 @@
-"""Edits of clips with known motion by COVE and other methods, on the same model, seeds and clips.
+"""Measure edits of clips with known motion by COVE and other methods, on the same model, seeds and clips.
 
     python -m evidence.tables.edits [--clips 4] [--seeds 0 1 2] [--frames 6] [--steps 20]
 
-Each clip gets one edit of its colour or texture. Measured are the share of frames in which a classifier sees the edit,
-and sees what should stay; PSNR to the target, which the world can draw; drift of colours along true tracks; warping
-error along the true flow; and seconds for the whole edit. The drawn target, decoded from its own latents, bounds what
-an edit can reach.
+Each clip gets one edit of its colour or texture. Measures: share of frames in which a classifier sees the edit, and
+sees what should stay; PSNR to the target, which the world can draw; drift of colours along true tracks; warping error
+along the true flow; seconds for the whole edit. The drawn target, decoded from its own latents, is the upper bound.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ SOURCE, TARGET = "source", "target"  # encoded and decoded
 
 @dataclass(frozen=True)
 class Method:
-    """Settings of the nodes for an edit."""
+    """Settings of the nodes for one method of editing."""
 
     k: int | None = None  # None: without Correspondence Attention
     matches: str = "features"  # or "flow", "truth", or "chance"
@@ -56,9 +55,9 @@ class Method:
     tokenflow: bool = False
 
 
-COVE = Method(k=3)  # the paper's settings, with one refinement of inversion
+COVE = Method(k=3)  # the paper's matching and attention, but features of level 0
 BETTER = replace(COVE, level=1, refine=True)  # better matches
-ALONG = replace(BETTER, k=1, merge_ratio=0.0, include_self=True)  # a token attends to itself in all frames: FLATTEN
+ALONG = replace(BETTER, k=1, merge_ratio=0.0, include_self=True)  # each token attends to its own track: FLATTEN
 METHODS = {
     "each frame alone": Method(all_frames=False),
     "spatial-temporal attention": Method(),
@@ -81,7 +80,7 @@ METHODS = {
 
 
 def case_of(name: str, frames: int, steps: int) -> dict:
-    """Return all settings of a measurement, which identify its records."""
+    """Return all settings of a measurement, as the key of its records."""
     settings = asdict(METHODS[name]) if name in METHODS else {}
     case = {"method": name, "settings": settings, "frames": frames, "steps": steps, "cfg": CFG}
     return case | BLOCKS | {"refinements": REFINEMENTS, "model": digest_of()}
@@ -93,14 +92,14 @@ class Editor:
         self.frames, self.steps = frames, steps
 
     def node(self, name: str, **inputs) -> tuple:
-        """Return a node's outputs; inputs that are not given have their defaults."""
+        """Return a node's outputs; missing inputs get their defaults."""
         return call(self.nodes[name], **inputs)
 
     def prompt(self, words: str):
         return self.text.encode_from_tokens_scheduled(self.text.tokenize(words))
 
     def guided(self, method: Method, clip: Clip, latent: dict, source, seed: int):
-        """Return the MODEL that the method samples with."""
+        """Return the patched MODEL of the method."""
         if method.k is None:
             return self.attention(method) if method.all_frames else self.model
         grid = tuple(latent["samples"].shape[-2:])
@@ -155,7 +154,7 @@ class Editor:
 
 
 def changed(clip: Clip, generator: Generator) -> tuple[Clip, str]:
-    """Return the clip with another colour or texture of its thing, and the classifier's question that changes."""
+    """Return the clip with another colour or texture of its thing, and the classifier's question for that property."""
     scene = clip.scenes[0]
     thing, choice = scene.things[0], torch.randint(1000, (2,), generator=generator).tolist()
     question, every, taken = (
@@ -169,7 +168,7 @@ def changed(clip: Clip, generator: Generator) -> tuple[Clip, str]:
 
 
 def true_flow(clip: Clip, size: int) -> tuple[Tensor, Tensor]:
-    """Return flow and visibility of each frame's pixels in the next, as `warping_error` takes them."""
+    """Return flow and visibility of each frame's pixels in the next frame, as `warping_error` expects them."""
     flows, seen = [], []
     for pair in pairwise(clip.scenes):
         places, visible = Clip(pair).tracks(0, size)
@@ -179,7 +178,7 @@ def true_flow(clip: Clip, size: int) -> tuple[Tensor, Tensor]:
 
 
 def score(classifier, target: Clip, question: str, made: Tensor) -> dict[str, float]:
-    """Return the measures of an edit against its target; `question` is the one that the edit changes."""
+    """Return the measures of an edit against its target; `question` names the edited property."""
     right = torch.tensor(answers(target.scenes[0]))
     hits = torch.stack([scores.argmax(1) for scores in classifier(made.movedim(-1, 1).float())], 1) == right
     changes = torch.tensor([name == question for name in QUESTIONS])

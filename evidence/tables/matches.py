@@ -1,9 +1,9 @@
-"""Accuracy of matches (PCK) on clips with known motion: which features to match, and which method.
+"""Measure the accuracy of matches (PCK) on clips with known motion, for features and matching methods.
 
     python -m evidence.tables.matches [--clips 5] [--seeds 0 1 2]
 
-Follows the tokens of the first frame through the clip, and counts how many of the points of the things, and of all
-points, arrive near their true position after one and after five frames. Compares the settings of Diffusion Features,
+Follows the tokens of the first frame through the clip, and measures the share of points on things, and of all points,
+that arrive near their true position after one and after five frames. Compares the settings of Diffusion Features,
 baselines without the model (patches of colours, optical flow) and methods that refine matches.
 """
 
@@ -44,13 +44,13 @@ FRAMES, SIDE, WINDOW, DRAWS = 6, 128, 9, 8
 RADII = (0.5, 1.0, 1.5, 2.0)  # in tokens
 AFTER = (1, 5)  # frames
 TIMESTEPS = (1, 21, 61, 121, 261, 401)
-CLOSER = ((21, "no noise"), (261, "1 draw"), (261, f"{DRAWS} draws"))  # where slower methods are measured as well
+CLOSER = ((21, "no noise"), (261, "1 draw"), (261, f"{DRAWS} draws"))  # slower methods are measured only here
 WINDOWS = (3, 5, 15, 2 * 32 - 1)  # the last: the whole frame
 PATCHES = (3, 5, 7)  # sides of patches of colours
-MIXED = (3, 5)  # sides of patches of two levels' features, each at the timestep that suits it best
+MIXED = (3, 5)  # sides of patches of two levels' features, each at its best timestep
 NOISES = ("1 draw", f"{DRAWS} draws", "1 shared draw", f"{DRAWS} shared draws", "no noise", "inverted")
 
-Levels = list[Tensor]  # of each level of the decoder, from the last on, [frames, height, width, channels]
+Levels = list[Tensor]  # one per decoder level, last first: [frames, height, width, channels]
 
 
 class Probe:
@@ -123,7 +123,7 @@ def patches(features: Tensor, side: int = 3) -> Tensor:
 
 
 def agreed(features: Tensor) -> Correspondence:
-    """Choose, among the five best matches, the one whose own best match lies nearest to the start."""
+    """Return, of the five best matches, the one whose own best match lies nearest to the start."""
     found = find_correspondence(features, WINDOW, 5)
     width = found.width
 
@@ -143,7 +143,7 @@ def agreed(features: Tensor) -> Correspondence:
 
 
 def colours(small: Tensor, side: int) -> Tensor:
-    """Return patches of colours whose cosine is highest where they are nearest, by appending a large constant.
+    """Return patches of colours, with a large constant appended so that the highest cosine is the smallest distance.
 
     The cosine of (a, c) and (b, c) is 1 - |a - b|^2 / 2c^2, up to the fourth order in a / c and b / c.
     """
@@ -160,7 +160,7 @@ def followed(find: Callable[[], Correspondence]) -> Tracks:
 
 
 def methods(probe: Probe, pictures: Tensor, words: str, seed: int) -> Iterator[tuple[str, Tracks]]:
-    """Yield the name of each method and the tracks it finds, computed on demand.
+    """Yield the name of each method and its tracks, computed on demand.
 
     Args:
         pictures: [frames, SIDE, SIDE, 3] from 0 to 1.
@@ -207,12 +207,12 @@ def methods(probe: Probe, pictures: Tensor, words: str, seed: int) -> Iterator[t
 
 
 def true_matches(clip: Clip, grid: int) -> Correspondence:
-    """Return matches along the true motion; a hidden point is matched with what hides it."""
+    """Return matches along the true motion; an occluded point is matched with the occluder."""
     return correspondence_along(torch.stack([clip.tracks(frame, grid)[0] for frame in range(len(clip.scenes))]))
 
 
 def upper_bounds(clip: Clip, grid: int) -> Iterator[tuple[str, Tracks]]:
-    """Yield the best that matches between whole tokens can do: rounded once per frame, or at every link."""
+    """Yield upper bounds for matches between whole tokens: rounded once per frame, or at every link."""
     matches = true_matches(clip, grid)
     yield "true motion, in tokens", followed(lambda: matches)
     yield "true motion, link by link", followed(lambda: replace(matches, pairs=None))

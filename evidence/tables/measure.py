@@ -1,10 +1,10 @@
-"""Measures everything that docs/results.md reports, and writes its tables and plots: hours on two cores.
+"""Measure everything that docs/results.md reports, and write its tables and plots; takes hours on two cores.
 
     python -m nox -s evidence [-- --clips FOLDER]
 
-An interrupted run continues where it stopped: measurements are in .evidence/, one per line. Delete files there to
-measure again; measurements on another demo model are never reused. Cases are shared among as many processes as there
-are cores, up to four, or one on a GPU; time and memory are measured alone.
+An interrupted run resumes where it stopped: .evidence/ holds one measurement per line. Delete its files to measure
+again; measurements on another demo model are never reused. Cases are split among one process per core, up to four, or a
+single process on a GPU. Time and memory are measured without other processes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from scripts.host import PACK
 
 from .records import FOLDER
 
-TABLES = ("samples", "matches", "edits", "reconstruction")  # each skips what it has measured
+TABLES = ("samples", "matches", "edits", "reconstruction")  # each skips cases already measured
 COSTS = ("correspondence_cost", "injection_cost", "attention_cost")
 
 

@@ -1,4 +1,4 @@
-"""The pictures of docs/how-it-works.md, made by the nodes from the demo model and its clip.
+"""Make the pictures of docs/how-it-works.md with the nodes, the demo model and the demo clip.
 
 python -m evidence.tables.pictures
 """
@@ -21,8 +21,8 @@ from ..shapes.scenes import caption
 from .demo import load_demo
 
 FOLDER = PACK / "docs" / "how-it-works"
-SIDE, SHOWN, FRAME = 128, 256, 3  # pixels of the clip and of a frame in the pictures; the frame with the points
-POINT = (122.0, 116.0)  # on an edge of the star in that frame, in pixels of a picture
+SIDE, SHOWN, FRAME = 128, 256, 3  # pixels per side of the clip and of a drawn frame; frame of the points
+POINT = (122.0, 116.0)  # on an edge of the star in that frame, in pixels of a drawn frame
 
 
 def main() -> None:

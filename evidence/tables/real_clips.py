@@ -1,10 +1,10 @@
-"""Colours of real clips, propagated from the first frame through the clip by matches.
+"""Measure matches on real clips, by propagating the colours of the first frame along them.
 
     python -m evidence.tables.real_clips FOLDER [--seeds 0 1 2]
 
-The true motion of a real clip is unknown, but its later frames show whether a match is right: every token of a later
-frame takes the colour of its match in the first frame, and is compared with its own colour (PSNR at the resolution of
-tokens). This favours matches made of colours. FOLDER holds the clips (.mp4); each seed takes another piece of each.
+The true motion of a real clip is unknown, but its later frames show whether a match is correct: every token of a later
+frame gets the colour of its match in the first frame, which is compared with its own colour (PSNR at the resolution of
+tokens). This favours matches made from colours. FOLDER holds the clips (.mp4); each seed takes another piece of each.
 """
 
 from __future__ import annotations

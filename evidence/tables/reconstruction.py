@@ -1,8 +1,9 @@
-"""Round trip of inversion and sampling on the demo model, with and without guided attention.
+"""Measure the round trip of inversion and sampling on the demo model, with and without guided attention.
 
     python -m evidence.tables.reconstruction [--frames 4] [--seeds 0 1 2]
 
-Measured is the lowest PSNR of a frame against the frame as the autoencoder decodes it, with the source prompt at cfg 1.
+The measure is the lowest PSNR of a frame against the frame as the autoencoder decodes it, with the source prompt at
+cfg 1.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ STEPS, MULTIPLES, REFINEMENTS = (20, 50), (1, 2), (0, 1, 2, 3)
 
 @contextmanager
 def counted_evaluations(extrapolate: bool) -> Iterator[list[float]]:
-    """Let DDIM Inversion start its steps with or without extrapolation. Yields the sigma of each evaluation."""
+    """Make DDIM Inversion start its steps with or without extrapolation; yield the sigmas of its evaluations."""
     ddim, evaluations = sys.modules["pack.cove.ddim"], []
     plain = ddim.inversion_steps
 

@@ -1,4 +1,4 @@
-"""Measurements, one per line of a file, so that an interrupted run of hours continues where it stopped."""
+"""Records of measurements, one per line of a file, so that an interrupted run resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FOLDER = Path(__file__).resolve().parents[2] / ".evidence"
 
 
 class Records:
-    """Measured values by case, a dict of plain values. Several processes can write to one file."""
+    """Measured values by case (a dict of plain values). Several processes can append to one file."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -23,7 +23,7 @@ class Records:
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:
-                continue  # a process was killed while writing; the case is measured again
+                continue  # incomplete line of a killed process; the case is measured again
             self.found[_key(record["case"])] = record
 
     def __contains__(self, case: dict) -> bool:
@@ -35,7 +35,7 @@ class Records:
     def add(self, case: dict, measured: dict) -> None:
         line = {"case": case, "measured": measured, "on": machine()}
         self.found[_key(case)] = line
-        with self.path.open("ab", buffering=0) as file:  # one write, as other processes write to the file
+        with self.path.open("ab", buffering=0) as file:  # a single write, because other processes append as well
             file.write(f"\n{json.dumps(line)}\n".encode())
 
     def __iter__(self) -> Iterator[tuple[dict, dict]]:
@@ -47,7 +47,7 @@ class Records:
 
 
 def add_part(parser: argparse.ArgumentParser) -> None:
-    """Add the option by which several processes share the cases of a run."""
+    """Add the option --part, which splits the cases of a run among processes."""
     parser.add_argument("--part", type=_part, default=(0, 1), metavar="I/N", help="every N-th case, from the I-th")
 
 
@@ -57,7 +57,7 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def machine() -> str:
-    """Name the device and torch's version, for the tables."""
+    """Return the device and the version of torch, for the tables."""
     import torch
 
     if torch.cuda.is_available():

@@ -1,8 +1,8 @@
-"""Writes measurements into docs/results.md: tables between its markers, and plots in docs/results/.
+"""Write measurements into docs/results.md: tables between its markers, and plots in docs/results/.
 
     python -m evidence.tables.results
 
-The text around the tables is written by hand. A table without measurements stays as it is and is reported.
+The text around the tables is written by hand. A table without measurements is left unchanged and reported.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from .records import FOLDER, Records
 PAGE = PACK / "docs" / "results.md"
 PAPER, STEADY = "1 draw", f"{DRAWS} draws"
 LEVELS = ("level 0", "level 1", "level 2", "all levels")
-NEAR, FAR = "things, 1, 1.0", "things, 5, 1.5"  # points of the things, after so many frames, within so many tokens
+NEAR, FAR = "things, 1, 1.0", "things, 5, 1.5"  # points on things, after n frames, within a radius in tokens
 SHARES = {
-    NEAR: "1 frame on, within 1",
-    FAR: "5 on, within 1.5",
-    "things, 5, 1.0": "5 on, within 1",
-    "all, 5, 1.5": "all",
+    NEAR: "after 1 frame, within 1",
+    FAR: "after 5 frames, within 1.5",
+    "things, 5, 1.0": "after 5 frames, within 1",
+    "all, 5, 1.5": "all points",
 }
 MEASURES = {"edited": 2, "kept": 2, "PSNR": 1, "drift": 4, "warping error": 5}  # and digits
 PLAIN = "spatial-temporal attention"  # the baseline of guided attention
 
 
 def records(name: str) -> list[tuple[dict, dict]]:
-    """Return (case, measured) of a table or benchmark, without measurements on another demo model."""
+    """Return (case, measured) of a table or benchmark, excluding measurements on another demo model."""
     model = digest_of()
     found = [one for one in Records(FOLDER / f"{name}.jsonl") if one[0].get("model", model) == model]
     if not found:
@@ -59,7 +59,7 @@ def spread(values: Iterable[tuple[int, float]], digits: int) -> str:
 
 
 def mean(values: Iterable[float]) -> float:
-    """Return the mean without NaNs."""
+    """Return the mean, ignoring NaNs."""
     known = [value for value in values if not math.isnan(value)]
     return sum(known) / len(known)
 
@@ -75,7 +75,7 @@ def rows(heads: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
 def measured_on() -> str:
     files = sorted(FOLDER.glob("*.jsonl"))
     if not files:
-        raise LookupError("anything")
+        raise LookupError("every table")
     machines: dict[str, list[str]] = {}
     for file in files:
         for machine in Records(file).machines():
@@ -116,12 +116,12 @@ def matches_baselines() -> str:
 
 
 def matches_settings() -> str:
-    heads = ["5 frames on, t = 261", *NOISES]
+    heads = ["after 5 frames, t = 261", *NOISES]
     return rows(heads, ([level, *(share(f"{level}, t 261, {noise}", FAR) for noise in NOISES)] for level in LEVELS))
 
 
 def matches_timesteps() -> str:
-    heads = [f"5 frames on, {STEADY}", *(f"t = {timestep}" for timestep in TIMESTEPS)]
+    heads = [f"after 5 frames, {STEADY}", *(f"t = {timestep}" for timestep in TIMESTEPS)]
     levels = ([level, *(share(f"{level}, t {t}, {STEADY}", FAR) for t in TIMESTEPS)] for level in LEVELS)
     return rows(heads, levels)
 
@@ -143,7 +143,7 @@ def matches_better() -> str:
 
 def matches_windows() -> str:
     where = f"t 261, {STEADY}"
-    heads = [f"level 1, t = 261, {STEADY}", "1 frame on", "5 frames on"]
+    heads = [f"level 1, t = 261, {STEADY}", "after 1 frame", "after 5 frames"]
     named = {window: f"level 1, window {window}, {where}" for window in WINDOWS}
     named[WINDOW] = f"level 1, {where}"
     lines = ([_window(window, 32), share(named[window], NEAR), share(named[window], FAR)] for window in sorted(named))
@@ -164,7 +164,7 @@ def real_clips() -> str:
         [method, *(spread(((case["seed"], m[method][after]) for case, m in found), 1) for after in ("1", "5"))]
         for method in PROPAGATED
     )
-    return rows(["colours propagated by", "1 frame on", "5 frames on"], lines)
+    return rows(["colours propagated by", "after 1 frame", "after 5 frames"], lines)
 
 
 def _window(window: int, side: int) -> str:
@@ -172,7 +172,7 @@ def _window(window: int, side: int) -> str:
 
 
 def edited(name: str) -> dict[tuple[int, int], dict]:
-    """Return measurements by (seed, clip) of a method with its present settings."""
+    """Return the measurements of a method with its current settings, by (seed, clip)."""
     wanted = case_of(name, FRAMES, STEPS)
     return {(case["seed"], case["clip"]): m for case, m in records("edits") if case.items() >= wanted.items()}
 
@@ -190,8 +190,8 @@ def edits() -> str:
     for name in (TARGET, SOURCE, *METHODS):
         found = edited(name)
         cells = [spread(((key[0], m[what]) for key, m in found.items()), n) for what, n in MEASURES.items()]
-        # The minimum over clips is the least disturbed by other work on the machine.
-        seconds = f"{min(m['seconds'] for m in found.values()):.0f}" if name in METHODS else "-"  # nothing was edited
+        # The minimum over clips is least disturbed by other processes.
+        seconds = f"{min(m['seconds'] for m in found.values()):.0f}" if name in METHODS else "-"  # no edit
         lines.append([name, *cells, seconds])
     return rows(["", *MEASURES, "seconds"], lines)
 
@@ -211,7 +211,7 @@ def edits_compared() -> str:
         )
         cells = (spread(more[what], digits) for what, digits in MEASURES.items())
         lines.append([name, *(f"{clips} of {len(plain)}" for clips in better), *cells])
-    return rows(["", "nearer", "steadier", "smoother", *MEASURES], lines)
+    return rows(["", "closer", "steadier", "smoother", *MEASURES], lines)
 
 
 def reconstruction() -> str:
@@ -260,7 +260,7 @@ def attention_cost() -> str:
         memory = spread(((run, m["MiB"] / 1024) for run, m in runs.items()), 1)
         larger = spread(((run, m["MiB"] / alone[run]["MiB"]) for run, m in runs.items()), 2)
         lines.append([name, seconds, f"{slower} %", f"{memory} GiB", larger])
-    return rows(["self-attention", "seconds a step", "more time", "working memory", "times the memory"], lines)
+    return rows(["self-attention", "seconds per step", "time overhead", "working memory", "relative memory"], lines)
 
 
 def injection_cost() -> str:
@@ -273,8 +273,8 @@ def injection_cost() -> str:
         ]
         for case, found in records("injection_cost")
     )
-    heads = ["storage", "seconds a step, inversion", "seconds a step, sampling", "working memory", "stored a step"]
-    return rows(heads, lines)
+    seconds = (f"seconds per step, {run}" for run in ("inversion", "sampling"))
+    return rows(["storage", *seconds, "working memory", "stored per step"], lines)
 
 
 TABLES: tuple[Callable[[], str], ...] = (
@@ -317,7 +317,7 @@ def plot_matches(path: Path) -> None:
     for axes in panels[-1]:
         axes.set_xlabel("timestep")
     panels[0, 0].legend(fontsize=7)
-    figure.supylabel("points of the things within 1.5 tokens, 5 frames on", fontsize=9)
+    figure.supylabel("share of points on shapes within 1.5 tokens after 5 frames", fontsize=9)
     figure.savefig(path, dpi=110)
 
 
@@ -346,11 +346,11 @@ def main() -> None:
     for make in TABLES:
         name, marker = make.__name__, f"<!-- {make.__name__} -->"
         if page.count(marker) != 2:
-            sys.exit(f"{PAGE}: expected `{marker}` before and after its table, found it {page.count(marker)} times")
+            sys.exit(f"{PAGE}: expected `{marker}` before and after its table, found {page.count(marker)}")
         try:
             made = make()
         except LookupError as missing:
-            print(f"{name}: stays as it is, {missing} not measured yet")
+            print(f"{name}: not updated, {missing} is not measured yet")
             continue
         page = re.sub(f"{marker}.*{marker}", lambda _, m=marker, t=made: f"{m}\n{t}\n{m}", page, flags=re.DOTALL)
     PAGE.write_text(page, encoding="utf-8")
@@ -359,8 +359,8 @@ def main() -> None:
         try:
             draw(PAGE.parent / "results" / name)
         except LookupError as missing:
-            print(f"{name}: stays as it is, {missing} not measured yet")
-    print(f"written: {PAGE}")
+            print(f"{name}: not updated, {missing} is not measured yet")
+    print(f"wrote {PAGE}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Samples of the demo model for 64 captions per seed: a sheet of pictures, and how often each word is obeyed.
+"""Sample the demo model for 64 captions per seed: a sheet of pictures, and how often they match each word.
 
     python -m evidence.tables.samples [--count 64] [--seeds 0 1 2] [--output demo/samples.jpg]
 
 A classifier that was trained on drawn pictures only (`evidence.shapes.classifier`) checks the words. The second row of
-figures, for drawn pictures of the same captions that passed the model's autoencoder, bounds what a model can reach. No
-picture of these scenes was trained on, though most of the 5,376 captions were. The sheet shows the first seed.
+figures, for drawn pictures of the same captions after the model's autoencoder, is an upper bound. None of these scenes
+was trained on, though most of the 5,376 captions were. The sheet shows the first seed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ STEPS, CFG, SIDE = 50, 3.0, 128
 
 
 def sample(model, clip, side: int, words: str, seed: int) -> Tensor:
-    """Return the latents of one picture from ComfyUI's own sampler."""
+    """Sample the latents of one picture with ComfyUI's own sampler."""
     import comfy.sample
 
     def encoded(text: str):
@@ -54,7 +54,7 @@ def sample(model, clip, side: int, words: str, seed: int) -> Tensor:
 
 
 def agreement(pictures: Tensor, right: Tensor) -> dict[str, float]:
-    """Return the share of pictures, [n, 3, height, width], with the right answer, for each question and for all."""
+    """Return the share of pictures, [n, 3, height, width], with correct answers, for each question and for all."""
     hits = torch.stack([score.argmax(1) for score in load_classifier()(pictures)], 1) == right
     return dict(zip(QUESTIONS, hits.float().mean(0).tolist(), strict=True)) | {"all": hits.all(1).float().mean().item()}
 

@@ -1,1 +1,1 @@
-"""What the trainings of both worlds share: networks, recipe, captions as tokens, and the exported file."""
+"""Training code shared by both worlds: networks, recipe, tokenizer and export."""

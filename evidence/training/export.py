@@ -1,6 +1,6 @@
-"""The trained networks as one file in half precision, in Stable Diffusion's checkpoint layout, and back.
+"""Export the trained networks to one file, and load it: half precision, in Stable Diffusion's checkpoint layout.
 
-Load Demo Model loads the file. The metadata key "cove_demo" holds, as JSON, what a loader needs besides the weights.
+Load Demo Model loads the file. Its metadata key "cove_demo" holds, as JSON, what a loader needs besides the weights.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ def export(
     pictures: Tensor,
     steps: int | None = None,
 ) -> None:
-    """Write the file in one step.
+    """Write the file atomically.
 
     Args:
-        scale: factor of latents before they enter the UNet.
-        pictures: examples from the world, [n, 3, height, width] from 0 to 1, to which previews are fitted.
-        steps: number of steps the UNet was trained, where a training can start from the file.
+        scale: factor applied to latents before the UNet.
+        pictures: examples from the world, [n, 3, height, width] from 0 to 1, for fitting the preview colours.
+        steps: number of training steps of the UNet, if training can start from the file.
     """
     levels = len(size.unet)
     weights = {f"model.diffusion_model.{unet_name(k, levels)}": v for k, v in diffusion.unet.state_dict().items()}
@@ -82,7 +82,7 @@ def export(
 
 
 def load_snapshot(path: Path, size: Size, words: Sequence[str]) -> tuple[Autoencoder, Diffusion, int]:
-    """Return the networks of an exported file, and the step after which it was exported."""
+    """Return the networks of an exported file, and the number of training steps before the export."""
     with safe_open(path, "pt") as file:
         facts = json.loads(file.metadata()["cove_demo"])
         weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 - not a dict
@@ -100,7 +100,7 @@ def load_snapshot(path: Path, size: Size, words: Sequence[str]) -> tuple[Autoenc
 
 
 def preview_of(pictures: Tensor, latents: Tensor) -> tuple[list[list[float]], list[float]]:
-    """Fit a linear map from a latent to its colour from -1 to 1; return factors [4][3] and bias [3]."""
+    """Fit a linear map from latents to colours from -1 to 1; return factors [4][3] and bias [3]."""
     small = F.adaptive_avg_pool2d(pictures, latents.shape[-2:]) * 2 - 1
     rows, colours = (rearrange(x.cpu(), "n c h w -> (n h w) c").double() for x in (latents, small))
     found = torch.linalg.lstsq(F.pad(rows, (0, 1), value=1.0), colours).solution
@@ -118,7 +118,7 @@ def half(value: Tensor) -> Tensor:
 
 
 def unet_name(name: str, levels: int) -> str:
-    """Return Stable Diffusion's name for a parameter of diffusers' UNet2DConditionModel, one ResNet block a level."""
+    """Return Stable Diffusion's name of a UNet2DConditionModel parameter (diffusers, one ResNet block per level)."""
     module, kind = name.rsplit(".", 1)
     if module in UNET_OUTSIDE:
         return f"{UNET_OUTSIDE[module]}.{kind}"

@@ -1,4 +1,4 @@
-"""The networks that both worlds train: a narrow UNet and text encoder in Stable Diffusion's topology."""
+"""Networks of both worlds: a narrow UNet and text encoder in Stable Diffusion's topology."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ STEPS = 1000
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps of training on pictures of one size. Smaller ones come first: words are learnt sooner on fewer tokens."""
+    """Training steps on pictures of one size. Smaller sizes come first: words are learned faster on fewer tokens."""
 
-    picture: int  # pixels a side
+    picture: int  # pixels per side
     batch: int
-    fresh: int  # pictures a step that were not seen before
+    fresh: int  # new pictures per step
     steps: int
-    rate: float  # learning rate at its start
-    fall: float  # share of a half cosine, from that rate to zero, that it covers
-    focus: tuple[int, int]  # half of the timesteps are drawn from here, where shapes are decided; later for large ones
+    rate: float  # learning rate at the start
+    fall: float  # share of a half cosine, from that rate to zero, that the stage covers
+    focus: tuple[int, int]  # range of half of the timesteps, where shapes form; higher for large pictures
 
 
 @dataclass(frozen=True)
 class Size:
     """Size of the networks and length of their training.
 
-    The UNet's channels are multiples of 32, as ComfyUI's group norms are fixed to 32 groups; with 32 there would be one
-    channel a group, and the mean of a picture would be lost. All are multiples of the first, as ComfyUI reads them.
+    The UNet's channels are multiples of 32, because ComfyUI's group norms have 32 groups. They are larger than 32: one
+    channel per group would lose the mean of a picture. All are multiples of the first, as ComfyUI expects.
     """
 
     autoencoder: int  # channels
     unet: tuple[int, ...]  # channels of each level, all with attention; the first is at latent size
-    heads: int  # of every attention, as in SD1.5
+    heads: int  # of every attention layer, as in SD1.5
     context: int  # width of the text encoder
     autoencoder_batch: int
     autoencoder_steps: int
@@ -48,7 +48,7 @@ class Size:
 
     @property
     def picture(self) -> int:
-        """Pixels a side in the last stage."""
+        """Pixels per side in the last stage."""
         return self.stages[-1].picture
 
 
@@ -84,14 +84,14 @@ def make_text_encoder(size: Size, tokenizer: Tokenizer) -> CLIPTextModel:
 
 @torch.no_grad()
 def encode(autoencoder: Autoencoder, pictures: Tensor) -> Tensor:
-    """Pictures from 0 to 1 as latents, before scaling; in float32 wherever it is called from."""
+    """Return the unscaled latents of pictures from 0 to 1, computed in float32 even under autocast."""
     device = next(autoencoder.parameters()).device
     with torch.autocast(device.type, enabled=False):
         return autoencoder.encode(pictures.to(device) * 2 - 1)
 
 
 class Diffusion(nn.Module):
-    """UNet and text encoder together, as they are trained: predicts the noise in scaled latents."""
+    """UNet and text encoder, trained jointly; predicts the noise in scaled latents."""
 
     def __init__(self, size: Size, tokenizer: Tokenizer):
         super().__init__()
@@ -102,6 +102,6 @@ class Diffusion(nn.Module):
 
 
 def alphas() -> Tensor:
-    """Stable Diffusion's share of the signal's variance left at each timestep ("scaled linear"), [STEPS]."""
+    """Return Stable Diffusion's cumulative alphas, the signal's share of variance at each timestep, [STEPS] float32."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, STEPS, dtype=torch.float64) ** 2
     return torch.cumprod(1 - betas, 0).float()

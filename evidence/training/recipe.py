@@ -1,6 +1,6 @@
-"""Training that continues where it stopped: the autoencoder on pictures, then UNet and text encoder on its latents.
+"""Resumable training: the autoencoder on pictures, then UNet and text encoder on its latents.
 
-Every step follows from the seed and its number alone, so a stopped run continues exactly as it would have gone on.
+Every step depends only on the seed and the step number, so a resumed run equals an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from ..chance import HELD_OUT
 from .networks import STEPS, Diffusion, Size, Stage, alphas, encode
 from .words import make_tokenizer, roughen, tokens_of
 
-POOL = 4096  # latents in memory at a time
-SCALED_BY = 256  # pictures on whose latents the scale is measured
+POOL = 4096  # latents kept in memory
+SCALED_BY = 256  # pictures for measuring the scale of latents
 SAVE_EVERY = 300  # seconds
 SEED = 1  # of the initial weights
 
@@ -33,7 +33,7 @@ SEED = 1  # of the initial weights
 class World:
     """An endless sequence of numbered pictures, and every word of their captions."""
 
-    example: Callable[[int, int], tuple[Tensor, str]]  # number and pixels a side -> picture [3, side, side], caption
+    example: Callable[[int, int], tuple[Tensor, str]]  # number and pixels per side -> picture [3, side, side], caption
     words: tuple[str, ...]
 
     def pictures(self, numbers: Iterable[int], size: int) -> Tensor:
@@ -44,7 +44,7 @@ WARM = 100  # steps of learning rate warm-up, a tenth of all steps at most
 
 
 def falling(rate: float, steps: int, step: int, fall: float = 1.0) -> float:
-    """Return the learning rate of a step: a warm-up, then a share of a half cosine from `rate` to zero."""
+    """Return the learning rate of a step: warm-up, then the share `fall` of a half cosine from `rate` to zero."""
     warm = min(WARM, steps // 10)
     if step < warm:
         return rate * (step + 1) / warm
@@ -53,7 +53,7 @@ def falling(rate: float, steps: int, step: int, fall: float = 1.0) -> float:
 
 @torch.no_grad()
 def move_average(averages: list[Tensor], weights: list[Tensor], seen: Tensor) -> None:
-    """Update an exponential average over 500 steps; over fewer at the start, to forget the initial weights."""
+    """Update an exponential moving average over 500 steps; over fewer at the start, to forget the initial weights."""
     decay = min(0.998, (1 + int(seen)) / (10 + int(seen)))
     torch._foreach_lerp_(averages, weights, 1 - decay)
 
@@ -67,7 +67,7 @@ def ignore(run: Run) -> None:
 
 
 class StopOnSignal:
-    """An observer that saves a run and exits after the step during which SIGTERM or Ctrl-C arrived."""
+    """Observer that saves a run and exits after the step in which SIGTERM or Ctrl-C arrived."""
 
     def __init__(self):
         self.stopped = False
@@ -84,7 +84,7 @@ class StopOnSignal:
 
 
 class Run:
-    """One training: model, optimizer, learning rate, averaged weights, and the file to continue from."""
+    """Training run: model, optimizer, learning rate, averaged weights, and the file to resume from."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class Run:
         seed: int,
         device: torch.device,
     ):
-        with torch.random.fork_rng():  # torch's layers draw their initial weights from the process-wide generator
+        with torch.random.fork_rng():  # torch's layers draw initial weights from the global generator
             torch.random.manual_seed(seed)
             self.model = make().to(device)
         self.path, self.steps, self.rate, self.device = path, steps, rate, device
@@ -120,7 +120,7 @@ class Run:
             yield Generator().manual_seed(step)
 
     def train(self, loss_of: Callable[[Generator], Tensor], observe: Observer = ignore) -> nn.Module:
-        """Train to the last step and return the averaged model. `observe` is called with the run after every step."""
+        """Train to the last step and return the averaged model; call `observe` with the run after every step."""
         self.model.train()
         started, saved, first, mean = time.monotonic(), time.monotonic(), self.done, None
         for generator in self.generators():
@@ -148,10 +148,10 @@ class Run:
 def train_autoencoder(
     size: Size, world: World, folder: Path, device: torch.device, observe: Observer = ignore
 ) -> Autoencoder:
-    """Train the autoencoder on the absolute error of colours and of their differences between neighbouring pixels.
+    """Train the autoencoder on the absolute error of colours and of differences between neighbouring pixels.
 
-    The differences keep edges sharp. Latents with a hundredth of noise (in variance) must decode to the same picture,
-    and a small penalty keeps latents close to zero, so that small errors of a diffusion model do not show.
+    The differences keep edges sharp. Noise with a variance of 0.01 is added to latents before decoding, and a small
+    penalty keeps latents close to zero, so that small errors of a diffusion model stay invisible.
     """
     steps = size.autoencoder_steps
     run = Run(
@@ -178,7 +178,7 @@ def train_autoencoder(
 
 
 class Pool:
-    """A sliding window over the numbered pictures of a world, as latents and captions; every step moves it on."""
+    """Sliding window over the numbered pictures of a world, as latents and captions; advances at every step."""
 
     def __init__(self, stage: Stage, world: World, autoencoder: Autoencoder, start: int):
         self.stage, self.world, self.autoencoder, self.next = stage, world, autoencoder, start
@@ -186,7 +186,7 @@ class Pool:
         self.latents = torch.empty(POOL, LATENTS, side, side)
         self.captions = [""] * POOL
         while self.next < start + POOL:
-            self.move()  # always in batches of one size: the last bits of latents depend on it
+            self.move()  # in batches of a fixed size: the last bits of latents depend on the batch size
 
     def move(self) -> None:
         numbers = range(self.next, self.next + self.stage.fresh)
@@ -198,7 +198,7 @@ class Pool:
 
 
 def stage_at(stages: Sequence[Stage], step: int) -> tuple[int, int]:
-    """Return the index of the stage that a step of the whole training belongs to, and the step within that stage."""
+    """Return the index of the stage of a training step, and the step within that stage."""
     for number, stage in enumerate(stages):
         if step < stage.steps:
             return number, step
@@ -213,23 +213,24 @@ def draw_noise(shape: Sequence[int], generator: Generator) -> Tensor:
     """Draw noise whose mean varies more than that of white noise.
 
     The mean of a picture stays visible through white noise up to the last timestep of Stable Diffusion's schedule. A
-    model that reads it there does not learn the words for it, and draws any ground when sampling starts from noise.
+    model that relies on it does not learn the words of the ground, and samples a random ground from pure noise.
     """
     return torch.randn(shape, generator=generator) + OFFSET * torch.randn((*shape[:2], 1, 1), generator=generator)
 
 
 def draw_timesteps(count: int, focus: tuple[int, int], generator: Generator) -> Tensor:
-    """Draw timesteps, half of them anywhere, half within `focus`."""
+    """Draw timesteps, half of them from the whole range, half from `focus`."""
     anywhere = torch.randint(STEPS, (count,), generator=generator)
     there = torch.randint(*focus, (count,), generator=generator)
     return torch.where(torch.rand(count, generator=generator) < 0.5, anywhere, there)
 
 
 def loss_weight(left: Tensor) -> Tensor:
-    """Return the weight of the squared error of the noise, from the signal's remaining share of variance.
+    """Return the weight of the squared error of the noise, from the signal's share of variance `left`.
 
-    The signal-to-noise ratio, clamped to 0.05 to 5, divided by itself: below 1 at low noise (Hang et al., 2023, ICCV,
-    "min-SNR"), above 1 at high noise, where an error of the picture hardly shows in the error of the noise.
+    The weight is the signal-to-noise ratio, clamped to 0.05 to 5, divided by the unclamped ratio: below 1 at low noise
+    (Hang et al., 2023, ICCV, "min-SNR"), above 1 at high noise, where the error of the noise hardly depends on the
+    error of the picture.
     """
     ratio = left / (1 - left)
     return ratio.clamp(0.05, 5) / ratio
@@ -246,7 +247,7 @@ def train_diffusion(
 ) -> tuple[nn.Module, float]:
     """Train UNet and text encoder to predict the noise, like Stable Diffusion.
 
-    `prepare` is called with the run before its first step, `observe` after every step.
+    Calls `prepare` with the run before its first step and `observe` after every step.
 
     Returns:
         The averaged model, and the scale of latents.
@@ -290,7 +291,7 @@ def scale_of(size: Size, world: World, autoencoder: Autoencoder) -> float:
 
 
 def averaged(path: Path) -> tuple[dict[str, Tensor], int]:
-    """Return the averaged weights and the number of steps that a run has saved."""
+    """Return the averaged weights and the number of steps of a saved run."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     prefix = "module."
     weights = {name.removeprefix(prefix): x for name, x in state["average"].items() if name.startswith(prefix)}

@@ -1,4 +1,4 @@
-"""Captions as tokens: one for each word of a world, and one for every unknown word."""
+"""Tokenizer for captions: one token per word of a world, and one for unknown words."""
 
 from collections.abc import Sequence
 
@@ -6,12 +6,12 @@ import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Generator, Tensor
 
-LENGTH = 24  # tokens of a caption with its start and end; the longest caption of shapes has 17 words
+LENGTH = 24  # tokens of a caption with start and end; the longest caption of shapes has 17 words
 START, END, UNKNOWN = "<start>", "<end>", "<unknown>"
 
 
 def make_tokenizer(words: Sequence[str]) -> Tokenizer:
-    """Return a tokenizer that lowers case, drops punctuation, adds start and end, and pads with ends like CLIP's."""
+    """Return a tokenizer that lowercases, removes punctuation, adds start and end, and splits at whitespace."""
     vocabulary = {word: number for number, word in enumerate((START, END, UNKNOWN, *words))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Sequence(
@@ -25,7 +25,7 @@ def make_tokenizer(words: Sequence[str]) -> Tokenizer:
 
 
 def tokens_of(tokenizer: Tokenizer, captions: list[str]) -> Tensor:
-    """Return the tokens of captions, [captions, LENGTH] int64."""
+    """Return the tokens of captions, padded with end tokens like CLIP's, [captions, LENGTH] int64."""
     end = tokenizer.token_to_id(END)
     rows = [[*encoded.ids[: LENGTH - 1], end][:LENGTH] for encoded in tokenizer.encode_batch(captions)]
     return torch.tensor([row + [end] * (LENGTH - len(row)) for row in rows])
