@@ -15,9 +15,7 @@ BLOCKS_TOOLTIP = (
     'Decoder blocks, such as "3, 4, 6" or "4-9". More blocks keep more of the source. {} = those of FLATTEN ({}); '
     "none = no block."
 )
-CONDITIONING_TOOLTIP = (
-    "The source prompt of DDIM Inversion. Needed only if that prompt had a ControlNet, an area or several entries{}."
-)
+CONDITIONING_TOOLTIP = "The source prompt of DDIM Inversion. Needed only if that prompt had a ControlNet{}."
 
 
 def _share(name: str, tooltip: str) -> io.Float.Input:

@@ -130,7 +130,7 @@ def check_source_prompt(inversion: Inversion, conditioning) -> None:
     if conditioning is None:
         raise ValueError(
             "expected the source prompt, which this inversion does not hold (it had a ControlNet, an area, or several "
-            "entries). Connect the conditioning of DDIM Inversion."
+            "entries). Connect the conditioning of DDIM Inversion; with an area or several entries, a plain prompt."
         )
     check_no_reference(comfy.sampler_helpers.convert_cond(conditioning))
     check_conditioning(conditioning, inversion.frames)
