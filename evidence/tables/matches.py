@@ -57,7 +57,8 @@ class Probe:
     """Features of a clip at every level of the UNet's decoder."""
 
     def __init__(self, model, clip, vae, nodes):
-        self.model, self.text, self.vae, self.host = model, clip, vae, sys.modules["pack.nodes.host"]
+        self.model, self.text, self.vae = model, clip, vae
+        self.host = sys.modules[nodes["DiffusionFeatures"].__module__].host
         unet = self.host.unet.unet_of(model)
         count = len(set(self.host.unet.block_levels(unet).values()))
         self.layers = [self.host.unet.decoder_level_end(unet, level) for level in range(count)]

@@ -11,6 +11,7 @@ from evidence.clip import Clip
 from evidence.shapes.classifier import QUESTIONS, answers, load_classifier
 from evidence.shapes.clips import demo_clip
 from evidence.shapes.scenes import caption, random_scene
+from evidence.tables import matches
 from evidence.tables.edits import BLOCKS
 from tests.helpers import call
 from tests.method_helpers import generator
@@ -51,6 +52,24 @@ def test_blocks_of_tables_are_what_auto_injects(host_module, demo):
     sites = host_module.injection.sites_of(demo["model"], "auto", "auto")
     assert sites == host_module.injection.sites_of(demo["model"], **BLOCKS)
     assert [str(site) for site in sites if site.kind == "resnet"] == ["resnet.0.0", "resnet.1.0", "resnet.2.0"]
+
+
+def test_probe_finds_the_features_of_diffusion_features(nodes, demo, monkeypatch):
+    monkeypatch.setattr(matches, "TIMESTEPS", (21, 261))
+    monkeypatch.setattr(matches, "DRAWS", 2)
+    clip = demo_clip()
+    images = clip.draw(64)[:3]
+    with torch.inference_mode():
+        states = matches.Probe(*demo.values(), nodes).states(images, caption(clip.scenes[0]), seed=7)
+        latent = {"samples": demo["vae"].encode(images)}
+        prompt = encoded(demo["clip"], caption(clip.scenes[0]))
+        settings = {"conditioning": prompt, "preset": "paper", "seed": 7}
+        features, _ = call(nodes["DiffusionFeatures"], model=demo["model"], latent=latent, **settings)
+    expected = torch.nn.functional.normalize(states[261, "1 draw"][1], dim=-1)
+    assert torch.nn.functional.cosine_similarity(features.tokens, expected, dim=-1).min() > 0.999
+    draws = {f"{count}{shared} draw{'s' * (count > 1)}" for count in (1, 2) for shared in ("", " shared")}
+    assert {noise for _, noise in states} == {*draws, "no noise", "inverted"}
+    assert not torch.allclose(states[21, "inverted"][1], states[21, "no noise"][1], rtol=0.01)
 
 
 def encoded(clip, text):
