@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 from functools import cache
 from itertools import combinations
-from urllib.error import HTTPError
 
 import av
 import numpy
@@ -25,6 +24,7 @@ from tests.workflow_helpers import (
     FRAMES,
     HEIGHT,
     NAMES,
+    NO_BLUEPRINTS,
     ONE_NODE,
     SMALL,
     WIDTH,
@@ -33,6 +33,7 @@ from tests.workflow_helpers import (
     choices_of,
     editor_form,
     place_clip,
+    served_blueprints,
     subgraphs_of,
     unpack,
 )
@@ -187,11 +188,8 @@ def test_workflows_0_and_1_have_the_same_graph_behind_their_loaders():
 
 
 def test_server_lists_the_blueprint_and_serves_it(server):
-    try:
-        listed = server._request("/global_subgraphs")
-    except HTTPError as error:
-        assert error.code == 404
-        pytest.skip("this ComfyUI serves no blueprints of node packs")
+    if not (listed := served_blueprints(server)):
+        pytest.skip(NO_BLUEPRINTS)
     (key,) = [key for key, entry in listed.items() if entry["name"] == BLUEPRINT]
     assert listed[key]["source"] == "custom_node" and "cove" in listed[key]["info"]["node_pack"]
     assert json.loads(server._request(f"/global_subgraphs/{key}")["data"]) == blueprint()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 from cove.frames import read_frames
 from scripts.clip import render_clip
@@ -16,6 +17,7 @@ FILES = ("ckpt_name", "control_net_name", "file")  # inputs that name the user's
 NAMES = sorted(path.stem for path in (PACK / "workflows").glob("*.json"))
 ONE_NODE = NAMES[:2]  # their graph is inside one node, and no note explains it
 BLUEPRINT = "Edit a Clip"
+NO_BLUEPRINTS = "this ComfyUI serves no blueprints of node packs (0.3.60 does not)"
 
 LINK = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
 
@@ -42,6 +44,15 @@ def api_form(name: str) -> dict[str, Any]:
 def blueprint() -> dict[str, Any]:
     """The subgraph blueprint as the host serves it."""
     return json.loads((PACK / "subgraphs" / f"{BLUEPRINT}.json").read_text(encoding="utf-8"))
+
+
+def served_blueprints(server) -> dict[str, dict] | None:
+    """The host's list of subgraph blueprints, or None where it serves none."""
+    try:
+        return server._request("/global_subgraphs")
+    except HTTPError as error:
+        assert error.code == 404
+        return None
 
 
 def subgraphs_of(workflow: dict[str, Any]) -> dict[str, dict[str, Any]]:
