@@ -153,9 +153,9 @@ def fill_in(prompt: dict, clip: Path | None, arguments: argparse.Namespace) -> d
             inputs |= {"count": frames} if frames else {}
             inputs |= dict(zip(("width", "height"), size, strict=True)) if size else {}
         elif title == "Edit prompt" and arguments.prompt is not None:
-            inputs["text"] = arguments.prompt
+            inputs["value"] = arguments.prompt
         elif title == "Source prompt" and source is not None:
-            inputs["text"] = source
+            inputs["value"] = source
     if arguments.steps:
         for node in prompt.values():
             if node["class_type"] == "CoveDDIMInversion":

@@ -25,7 +25,7 @@ def the(prompt, node_class):
 
 
 def texts(prompt):
-    return {node["_meta"]["title"]: node["inputs"]["text"] for node in prompt.values() if "text" in node["inputs"]}
+    return {node["_meta"]["title"]: node["inputs"]["value"] for node in prompt.values() if "value" in node["inputs"]}
 
 
 # ---- nox -s edit ----
@@ -54,8 +54,8 @@ def test_a_clip_of_ones_own_takes_the_place_of_the_demo_clip():
     assert texts(prompt)["Source prompt"] == ""  # nobody said what it shows; it is no star
     assert texts(filled(edit.EDIT, "boat.mp4", checkpoint=Path("a"), prompt="snow"))["Source prompt"] == ""
     assert the(prompt, "CreateVideo").pop("audio") == [place, 4]
-    assert {key: node for key, node in prompt.items() if key != place and "text" not in node["inputs"]} == {
-        key: node for key, node in before.items() if key != place and "text" not in node["inputs"]
+    assert {key: node for key, node in prompt.items() if key != place and "value" not in node["inputs"]} == {
+        key: node for key, node in before.items() if key != place and "value" not in node["inputs"]
     }
 
 

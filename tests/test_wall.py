@@ -49,4 +49,14 @@ def test_the_published_pack_has_all_that_the_nodes_use():
     left_out = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
     tops = {path.partition("/")[0] for path in left_out}
     assert {"tests", "docs", "scripts", "benchmarks", "evidence"} <= tops
-    assert not tops & {"__init__.py", "cove", "nodes", "demo", "web", "workflows", "README.md", "pyproject.toml"}
+    assert not tops & {
+        "__init__.py",
+        "cove",
+        "nodes",
+        "demo",
+        "web",
+        "workflows",
+        "subgraphs",
+        "README.md",
+        "pyproject.toml",
+    }

@@ -1,5 +1,6 @@
 """Every workflow fits the nodes as they are, and its API form runs in a real ComfyUI and gives what it says."""
 
+import json
 from dataclasses import replace
 from functools import cache
 from itertools import combinations
@@ -17,17 +18,24 @@ from evidence.shapes.classifier import QUESTIONS, answers, load_classifier
 from evidence.shapes.clips import demo_clip
 from scripts.host import PACK
 from tests.workflow_helpers import (
+    BLUEPRINT,
     FILES,
     FPS,
     FRAMES,
     HEIGHT,
     NAMES,
+    NO_BLUEPRINTS,
+    ONE_NODE,
     SMALL,
     WIDTH,
     api_form,
+    blueprint,
     choices_of,
     editor_form,
     place_clip,
+    served_blueprints,
+    subgraphs_of,
+    unpack,
 )
 
 DEMO = "0_demo"
@@ -57,7 +65,7 @@ def run(server):
         kinds |= dict.fromkeys(("CoveDDIMInversion", "CoveDDIMSampler"), ("SaveLatent", "samples"))
         for node_id, node in list(prompt.items()):
             if kind := kinds.get(node["class_type"]):
-                inputs = {kind[1]: [node_id, 0], "filename_prefix": f"{name}/{node_id}"}
+                inputs = {kind[1]: [node_id, 0], "filename_prefix": f"{name}/{node_id.replace(':', '_')}"}
                 prompt[f"{node_id} saved"] = {"class_type": kind[0], "inputs": inputs}
         return prompt, server.queue(prompt, timeout=900)
 
@@ -117,30 +125,75 @@ def test_inputs_are_what_the_nodes_accept(server, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_editor_form_has_the_same_nodes_and_wires(name):
-    saved, prompt = editor_form(name), api_form(name)
-    nodes = {node["id"]: node for node in saved["nodes"]}
-    (note,) = [node for node in nodes.values() if node["type"] == "Note"]
-    assert len(note["widgets_values"][0]) > 100
-    drawn = {str(node["id"]): node["type"] for node in nodes.values() if node is not note}
+    (nodes, wires), prompt = unpack(editor_form(name)), api_form(name)
+    notes = [node["widgets_values"][0] for node in nodes.values() if node["type"] == "Note"]
+    assert len(notes) == (name not in ONE_NODE) and all(len(note) > 100 for note in notes)
+    drawn = {node_id: node["type"] for node_id, node in nodes.items() if node["type"] != "Note"}
     assert drawn == {node_id: node["class_type"] for node_id, node in prompt.items()}
-    wires = {
-        (str(target), nodes[target]["inputs"][slot]["name"]): [str(source), output]
-        for _, source, output, target, slot, _ in saved["links"]
-    }
     linked = [(key, slot, value) for key, node in prompt.items() for slot, value in node["inputs"].items()]
     assert wires == {(key, slot): value for key, slot, value in linked if isinstance(value, list)}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nodes_lie_beside_one_another(name):
-    nodes = editor_form(name)["nodes"]
-    for one, other in combinations(nodes, 2):
-        gaps = [
-            max(one["pos"][axis], other["pos"][axis])
-            - min(one["pos"][axis] + one["size"][axis], other["pos"][axis] + other["size"][axis])
-            for axis in (0, 1)
-        ]
-        assert max(gaps) >= 10, (one["type"], other["type"])
+    saved = editor_form(name)
+    for graph in (saved, *subgraphs_of(saved).values()):
+        for one, other in combinations(graph["nodes"], 2):
+            gaps = [
+                max(one["pos"][axis], other["pos"][axis])
+                - min(one["pos"][axis] + one["size"][axis], other["pos"][axis] + other["size"][axis])
+                for axis in (0, 1)
+            ]
+            assert max(gaps) >= 10, (one["type"], other["type"])
+
+
+@pytest.mark.parametrize("name", ONE_NODE)
+def test_the_one_node_shows_the_values_of_its_graph(name):
+    """Some pages read a value from the node, others from the graph inside."""
+    saved = editor_form(name)
+    ((node, definition),) = [
+        (node, subgraphs_of(saved)[node["type"]]) for node in saved["nodes"] if node["type"] in subgraphs_of(saved)
+    ]
+    assert node["title"] == definition["name"]
+    assert [(slot["name"], slot.get("label")) for slot in node["inputs"]] == [
+        (slot["name"], slot.get("label")) for slot in definition["inputs"]
+    ]
+    inner = {one["id"]: one for one in definition["nodes"]}
+    shown = [index for index, slot in enumerate(node["inputs"]) if "widget" in slot]
+    assert len(shown) == len(node["widgets_values"]) >= 4
+    for index, value in zip(shown, node["widgets_values"], strict=True):
+        (link,) = [one for one in definition["links"] if (one["origin_id"], one["origin_slot"]) == (-10, index)]
+        target = inner[link["target_id"]]
+        slot = target["inputs"][link["target_slot"]]
+        widgets = [one["name"] for one in target["inputs"] if "widget" in one]
+        assert value == target["widgets_values"][widgets.index(slot["name"])], slot["name"]
+
+
+def test_the_blueprint_is_the_one_node_of_workflow_1():
+    place = {"outputs": None}
+    edit, (shown,) = editor_form("1_edit_a_clip"), blueprint()["nodes"]
+    assert blueprint()["definitions"] == edit["definitions"]
+    (node,) = [node for node in edit["nodes"] if node["type"] == shown["type"]]
+    assert node | place == shown | place and node["title"] == BLUEPRINT
+
+
+def test_workflows_0_and_1_have_the_same_graph_behind_their_loaders():
+    (one, wires), (other, others) = (unpack(editor_form(name)) for name in ONE_NODE)
+    loaders = {key for key, node in one.items() if node["type"].startswith("CoveLoad")}
+    assert len(loaders) == 2
+    assert {key: node["type"] for key, node in one.items() if key not in loaders} == {
+        key: node["type"] for key, node in other.items() if key not in loaders
+    }
+    assert wires == {key: others.get(key) for key in wires}
+    assert {slot for _, slot in others.keys() - wires.keys()} == {"audio"}
+
+
+def test_server_lists_the_blueprint_and_serves_it(server):
+    if not (listed := served_blueprints(server)):
+        pytest.skip(NO_BLUEPRINTS)
+    (key,) = [key for key, entry in listed.items() if entry["name"] == BLUEPRINT]
+    assert listed[key]["source"] == "custom_node" and "cove" in listed[key]["info"]["node_pack"]
+    assert json.loads(server._request(f"/global_subgraphs/{key}")["data"]) == blueprint()
 
 
 def test_template_browser_lists_the_workflows_and_nothing_else(server):
