@@ -144,7 +144,7 @@ class RandomWeights:
         return torch.full((1,), value, dtype=self.dtype).expand(shape)
 
 
-# The strength of each branch, set by trial: large enough to have an effect, small enough for inversion to be reversible.
+# The strength of each branch, set by trial: large enough for an effect, small enough for a reversible inversion.
 _RESNET, _TRANSFORMER, _PROMPT = 0.3, 0.3, 0.15
 
 

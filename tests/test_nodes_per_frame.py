@@ -1,6 +1,6 @@
-"""What goes with frames stays with its frames wherever a batch is cut: by batch size, keyframes or windows.
+"""Per-frame inputs stay with their frames wherever a batch is cut: by batch size, keyframes or windows.
 
-Each test compares with a run that cuts nothing. Frames attend to themselves only, so no cut may change a result.
+Each test compares with an uncut run. Frames attend only to themselves, so a cut must not change the result.
 """
 
 from functools import cache
@@ -17,22 +17,22 @@ STEPS = LONG - 1  # core's windows (0.3.75) compare sigmas with frames one by on
 
 
 def assert_near(got, expected, share=1e-3):
-    """Equal but for rounding, which depends on how many frames run together; a wrong row is off by a tenth or more."""
+    """Check equality up to rounding, which depends on the batch size; a wrong row is off by a tenth or more."""
     assert (got - expected).norm() <= share * expected.norm()
 
 
-# --- clips and what goes with them ---
+# --- per-frame inputs ---
 
 
 def rows(seed, frames=LONG):
-    """A prompt with a row for each frame."""
+    """Return a prompt with a row for each frame."""
     ((text, extras),) = prompt(seed)
     generator = torch.Generator().manual_seed(seed)
     return [[text + 5 * torch.randn(frames, 77, text.shape[2], generator=generator), extras]]
 
 
 def masked(seed, frames=LONG):
-    """A prompt with a mask for each frame, over another one."""
+    """Return a prompt with a mask for each frame, over an unmasked one."""
     generator = torch.Generator().manual_seed(seed)
     return [
         *prompt(seed, mask=torch.rand(frames, 8 * HEIGHT, 8 * WIDTH, generator=generator)),
@@ -42,7 +42,7 @@ def masked(seed, frames=LONG):
 
 @cache
 def tiny_control():
-    """A random ControlNet for a tiny MODEL of two levels, of ComfyUI's own kind."""
+    """Return a random ControlNet of ComfyUI's own class for a tiny MODEL of two levels."""
     import comfy.cldm.cldm
     import comfy.controlnet
     import comfy.ops
@@ -58,13 +58,13 @@ def tiny_control():
 
 @pytest.fixture(scope="module", autouse=True)
 def drop_control():
-    """Free the ControlNet while the host's modules are still there."""
+    """Free the ControlNet before the host's modules are unloaded."""
     yield
     tiny_control.cache_clear()
 
 
 def hinted(seed, frames=LONG):
-    """A prompt with a hint for each frame, on a ControlNet with one hint for all."""
+    """Return a prompt with a hint for each frame, chained to a ControlNet with one hint for all frames."""
     from nodes import ControlNetApplyAdvanced
 
     conditioning = prompt(seed)
@@ -76,7 +76,7 @@ def hinted(seed, frames=LONG):
 
 
 def image_prompts(model, frames=LONG, seed=3):
-    """MODEL with an image prompt a frame as IPAdapter has it: known to frames by `ad_params`, else by its place."""
+    """Return MODEL with an image prompt per frame as in IPAdapter: selected by `ad_params`, else by position."""
     images = torch.randn(frames, 11, generator=torch.Generator().manual_seed(seed))
 
     def added(tokens, options):
@@ -96,14 +96,14 @@ def image_prompts(model, frames=LONG, seed=3):
 
 
 def core_windows(model, length, **settings):
-    """MODEL with the stock node's context windows, with and without what newer hosts add by default."""
+    """Return MODEL with the stock node's context windows, by default without the anchors of newer hosts."""
     return windowed(model, context_length=length, **{"causal_window_fix": False} | settings)
 
 
 class AnchoredWindows:
-    """Core's context handler as it is since 0.21: a window runs with the frame before it, which is cut away after.
+    """Core's context handler since 0.21: a window runs with the frame before it, which is then removed.
 
-    Like core's, it cuts tensors that have a row for each frame, and leaves hints whole.
+    Like core's, it cuts tensors with a row for each frame and leaves hints whole.
     """
 
     context_length = 3
@@ -145,7 +145,7 @@ def anchored(model, windows=([0, 1, 2], [3, 4])):
 
 
 def evolved(model, windows=([0, 1, 2], [2, 3, 4]), whole=False):
-    """MODEL with windows as AnimateDiff-Evolved cuts them, in a wrapper; `whole` publishes, but does not cut."""
+    """Return MODEL with AnimateDiff-Evolved's windows, cut in a wrapper; `whole` publishes the clip without a cut."""
 
     def cut(executor, model, conds, x, timestep, model_options):
         if whole:
@@ -159,7 +159,7 @@ def evolved(model, windows=([0, 1, 2], [2, 3, 4]), whole=False):
             for all_frames, part in zip(total, parts, strict=True):
                 all_frames[frames] += part
             count[frames] += 1
-        return [all_frames / count for all_frames in total]  # `sub_idxs` stays, as theirs does
+        return [all_frames / count for all_frames in total]  # `sub_idxs` remains set, as in AnimateDiff-Evolved
 
     model = model.clone()
     params = {"full_length": LONG, "context_length": 3, "sub_idxs": None}
@@ -179,7 +179,7 @@ CUTS = {
 
 @pytest.fixture(params=["before", "after"])
 def cut_with(request):
-    """A cut and what patches a MODEL -> MODEL cut before or after it is patched."""
+    """Name of a cut, patch, MODEL -> MODEL cut before or after it is patched."""
 
     def made(cut, patch, model):
         return patch(CUTS[cut](model)) if request.param == "before" else CUTS[cut](patch(model))
@@ -188,7 +188,7 @@ def cut_with(request):
 
 
 def alone(nodes, model):
-    """MODEL with this pack's attention, in which frames see themselves only."""
+    """Return MODEL with Correspondence Attention in which frames attend only to themselves."""
     return call(nodes["CorrespondenceAttention"], model=model, spatial_temporal="own frame")[0]
 
 
@@ -197,7 +197,7 @@ def alone(nodes, model):
 
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("kind", ["rows", "masks", "hints", "images"])
-def test_windows_change_nothing_where_frames_see_themselves_only(small, nodes, cut_with, cut, kind):
+def test_correspondence_attention_of_own_frame_is_independent_of_windows(small, nodes, cut_with, cut, kind):
     make = {"rows": rows, "masks": masked, "hints": hinted}.get(kind, prompt)
     model = image_prompts(small) if kind == "images" else small
     asked = (latents(LONG), make(2), make(3), 2.0)
@@ -207,19 +207,19 @@ def test_windows_change_nothing_where_frames_see_themselves_only(small, nodes, c
 
 
 @pytest.mark.parametrize("cut", CUTS)
-def test_inversion_and_sampling_of_an_unpatched_model_are_cut_alike(small, nodes, cut):
+def test_ddim_inversion_and_sampler_are_independent_of_windows(small, nodes, cut):
     windowed = CUTS[cut](small)
     wires = {"conditioning": hinted(2), "latent": latents(LONG), "steps": STEPS}
     (noise, _), (expected, _) = (invert(nodes, model, **wires) for model in (windowed, small))
-    # Little of a hint is left in noise.
+    # Hints hardly affect the noise.
     assert_near(noise["samples"], expected["samples"], 1e-5)
     edits = [sample(nodes, model, expected, hinted(3)) for model in (windowed, small)]
     assert_near(*edits, 1e-5)
 
 
 @pytest.mark.parametrize("cut", ["anchored", "evolved"])
-def test_hints_are_cut_once_for_both_prompts_and_not_kept(small, nodes, cut):
-    """Both halves run together only while they share one ControlNet; the user's keeps nothing of the run."""
+def test_cut_controls_cuts_hints_once_for_both_prompts(small, nodes, cut):
+    """Both halves run together only while they share one ControlNet; the user's ControlNet is unchanged."""
     shared = hinted(1)
     (positive,) = shared
     negative = [[prompt(3)[0][0], {"control": positive[1]["control"]}]]
@@ -242,7 +242,7 @@ def test_hints_are_cut_once_for_both_prompts_and_not_kept(small, nodes, cut):
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("kind", ["rows", "images"])
-def test_features_do_not_depend_on_the_batch_size(small, nodes, batch_size, kind):
+def test_diffusion_features_of_per_frame_inputs_are_independent_of_batch_size(small, nodes, batch_size, kind):
     model = image_prompts(small) if kind == "images" else small
     source = rows(1) if kind == "rows" else prompt(1)
     settings = {"latent": latents(LONG), "conditioning": source}
@@ -254,14 +254,14 @@ def test_features_do_not_depend_on_the_batch_size(small, nodes, batch_size, kind
 
 
 @pytest.mark.parametrize("cut", CUTS)
-def test_features_are_taken_without_windows(small, nodes, cut):
+def test_diffusion_features_ignore_windows(small, nodes, cut):
     settings = {"latent": latents(LONG), "conditioning": rows(1), "batch_size": 3}
     expected = call(nodes["DiffusionFeatures"], model=small, **settings)[0].tokens
     assert torch.equal(call(nodes["DiffusionFeatures"], model=CUTS[cut](small), **settings)[0].tokens, expected)
 
 
 def instruct(seed=0):
-    """A tiny InstructPix2Pix MODEL: latents of a picture beside the noisy ones."""
+    """Return a tiny InstructPix2Pix MODEL, which concatenates latents of a picture with the noisy ones."""
     import comfy.model_patcher
     import comfy.supported_models
 
@@ -276,7 +276,7 @@ def instruct(seed=0):
     return comfy.model_patcher.ModelPatcher(model.eval(), cpu, cpu)
 
 
-def test_pictures_of_instruct_models_stay_with_their_frames(comfy, nodes):
+def test_diffusion_features_keep_pictures_of_instruct_models_with_their_frames(comfy, nodes):
     with torch.inference_mode():
         model = instruct()
         source = prompt(1, concat_latent_image=latents(LONG, seed=8)["samples"])
@@ -288,26 +288,26 @@ def test_pictures_of_instruct_models_stay_with_their_frames(comfy, nodes):
         assert_near(windowed, edit)
 
 
-# --- the source beside the edit ---
+# --- source and edit ---
 
 
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("kind", ["rows", "hints"])
-def test_feature_injection_gets_the_source_of_its_frames(small, nodes, cut_with, cut, kind):
+def test_feature_injection_in_windows_injects_the_source_of_the_same_frames(small, nodes, cut_with, cut, kind):
     source = {"rows": rows, "hints": hinted}[kind](1)
     noise, inversion = invert(nodes, small, conditioning=source, latent=latents(LONG), steps=STEPS)
 
     def patch(model):
         return inject(nodes, model, inversion, conditioning=source, **ALL)
 
-    # In several steps: AnimateDiff-Evolved leaves its last window behind after each.
+    # Several steps, because AnimateDiff-Evolved leaves its last window set after each.
     asked = (noise, rows(2), rows(3))
     assert_near(sample(nodes, cut_with(cut, patch, small), *asked), sample(nodes, patch(small), *asked))
 
 
 @pytest.mark.parametrize("kind", ["rows", "masks", "hints", "images"])
-def test_keyframes_run_alone_with_what_is_theirs(small, nodes, kind):
-    """Among all frames, where AnimateDiff-Evolved asks for it, and alone they give the same."""
+def test_token_flow_keyframes_run_with_their_own_per_frame_inputs(small, nodes, kind):
+    """Keyframes alone equal keyframes among all frames, the mode for AnimateDiff-Evolved."""
     make = {"rows": rows, "masks": masked, "hints": hinted}.get(kind, prompt)
     model = image_prompts(small) if kind == "images" else small
     _, inversion = invert(nodes, model, latent=latents(LONG), steps=2)
@@ -318,7 +318,7 @@ def test_keyframes_run_alone_with_what_is_theirs(small, nodes, kind):
 
 
 class FollowingControl:
-    """Hints known to frames by `ad_params`, kept until `sub_idxs` or the size say otherwise (Advanced-ControlNet)."""
+    """Hints selected by `ad_params` and cached until `sub_idxs` changes, as in Advanced-ControlNet."""
 
     def __init__(self, frames=LONG):
         self.strengths, self.kept, self.sub_idxs = torch.rand(frames), None, None
@@ -332,8 +332,8 @@ class FollowingControl:
         return tokens * (1 + shares[:, None, None])
 
 
-def test_the_whole_clip_is_named_after_a_part_of_it_ran(small, nodes):
-    """Else those who keep what they read last go on with the frames of the part: keyframes, then all frames."""
+def test_token_flow_publishes_the_whole_clip_after_the_keyframes(small, nodes):
+    """Otherwise code that caches its last selection would apply the keyframes' to all frames."""
     follower = FollowingControl()
     model = small.clone()
     model.set_model_attn2_output_patch(follower)
@@ -346,7 +346,7 @@ def test_the_whole_clip_is_named_after_a_part_of_it_ran(small, nodes):
 # --- windows with an anchor ---
 
 
-def test_a_window_with_an_anchor_is_guided_as_a_clip_of_its_frames(small, nodes):
+def test_correspondence_attention_treats_an_anchored_window_as_a_clip(small, nodes):
     guided = guide(nodes, small, latents(LONG))
     windows = ([0], [2, 3], [4, 1])
     batches = ([0], [1, 2, 3], [3, 4, 1])
@@ -357,7 +357,7 @@ def test_a_window_with_an_anchor_is_guided_as_a_clip_of_its_frames(small, nodes)
 
 
 def _only(model, batch):
-    """MODEL that runs on these frames alone; the others come out as zeros."""
+    """Return MODEL that runs only on these frames; the others are zeros."""
 
     class Part(AnchoredWindows):
         def execute(self, run, model, conds, x, timestep, model_options):
@@ -372,8 +372,8 @@ def _only(model, batch):
     return model
 
 
-def test_an_anchor_that_is_in_its_window_counts_once(small, nodes):
-    """Attention among all frames sees it twice, as core runs it; its matches are in a token's set once."""
+def test_correspondence_attention_counts_an_anchor_inside_its_window_once(small, nodes):
+    """Core runs the anchor twice; its matches are in a token's set only once."""
     guided = guide(nodes, small, latents(LONG), spatial_temporal="own frame")
     got = predict(anchored(guided, ([0, 1, 2, 3, 4], [4, 2, 3])), latents(LONG), prompt(1))
     whole, own = (predict(_only(guided, batch), latents(LONG), prompt(1)) for batch in ([*range(LONG)], [4, 2, 3]))
@@ -381,7 +381,7 @@ def test_an_anchor_that_is_in_its_window_counts_once(small, nodes):
     assert_near(got[[2, 3, 4]], (whole + own)[[2, 3, 4]] / 2)
 
 
-# --- refused ---
+# --- errors ---
 
 WRONG = {
     "prompt": (lambda: rows(1, 2), ("the prompt has 2 rows for 3 frames", "one for each frame")),
@@ -394,7 +394,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_nodes_refuse_rows_for_other_frames(small, nodes, kind):
+def test_nodes_refuse_per_frame_inputs_for_other_frames(small, nodes, kind):
     make, wrong = WRONG[kind]
     with refused("DDIM Inversion", *wrong):
         invert(nodes, small, conditioning=make())
@@ -407,13 +407,13 @@ def test_nodes_refuse_rows_for_other_frames(small, nodes, kind):
         answer_at(flow(nodes, small, inversion), inversion, 1, make())
     with refused("Store Features", *wrong):
         store(nodes, small, inversion, conditioning=make())
-    if kind != "mask":  # features are taken on the whole picture
+    if kind != "mask":  # features always cover the whole picture
         with refused("Diffusion Features", *wrong):
             call(nodes["DiffusionFeatures"], model=small, latent=latents(), conditioning=make())
 
 
-def test_a_controlnet_of_another_pack_that_cannot_be_cut_is_refused(small, nodes):
-    """Methods bound to the original, as Advanced-ControlNet has them, would run with the hints of all frames."""
+def test_cut_controls_refuses_another_packs_controlnet_that_cannot_be_cut(small, nodes):
+    """Methods bound to the original, as in Advanced-ControlNet, would run with the hints of all frames."""
     ((text, extras),) = hinted(1)
     net = extras["control"]
     foreign = type("Foreign", (type(net),), {"__module__": "foreign_pack.nodes"})
@@ -424,12 +424,12 @@ def test_a_controlnet_of_another_pack_that_cannot_be_cut_is_refused(small, nodes
     assert predict(model, latents(LONG), conditioning).isfinite().all()
     with pytest.raises(ValueError, match=r"type Foreign \(foreign_pack\).*Advanced-ControlNet's for all"):
         predict(anchored(model), latents(LONG), conditioning)
-    other.sub_idxs = None  # it goes by ad_params itself
+    other.sub_idxs = None  # it reads ad_params itself
     assert predict(anchored(model), latents(LONG), conditioning).isfinite().all()
 
 
 class Reference:
-    """A hint that is no picture, as Advanced-ControlNet's reference has it: it answers to nothing."""
+    """A hint that is not a picture, as in Advanced-ControlNet's reference: every attribute raises."""
 
     def __getattr__(self, name):
         raise AttributeError("Invalid use of Reference Preprocess output")
@@ -452,12 +452,12 @@ def test_nodes_refuse_reference_controlnets(small, nodes):
         store(nodes, small, inversion, conditioning=conditioning)
     with refused("Feature Injection", *wrong):
         answer_at(inject(nodes, small, inversion, conditioning=conditioning, **ALL), inversion, 1)
-    net.cond_hint_original, net.ref_opts = hints(1), object()  # as it is once it has run
+    net.cond_hint_original, net.ref_opts = hints(1), object()  # its state after a run
     with refused("Correspondence Attention", *wrong):
         answer_at(alone(nodes, small), inversion, 1, conditioning)
 
 
-def test_a_batch_cut_without_a_word_is_refused(small, nodes):
+def test_correspondence_attention_refuses_a_batch_cut_without_a_window(small, nodes):
     def cut(executor, model, conds, x, timestep, model_options):
         parts = [executor(model, conds, x[i : i + 2], timestep[i : i + 2], model_options) for i in range(0, len(x), 2)]
         return [torch.cat(some) for some in zip(*parts, strict=True)]
