@@ -23,8 +23,8 @@ INVERSION, CORRESPONDENCE = "a.inversion.safetensors", "a.correspondence.safeten
 LOADERS = {"LoadFrames": "clip.mp4", "LoadInversion": INVERSION, "LoadCorrespondence": CORRESPONDENCE}
 SETTINGS = {"LoadFrames": {"count": 0, "fit": "crop"}, "LoadInversion": {"model": None}, "LoadCorrespondence": {}}
 
-# Names that lead out of ComfyUI's folders. {out}: a folder outside, {up}: its path relative to the input folder, {file}:
-# a file in it. In the input folder, `link` points to the folder outside, `link_file` to the file, `gone` to nothing.
+# Names that lead out of ComfyUI's folders. {out}: a folder outside, {up}: its path from the input folder, {file}: a
+# file in it. In the input folder, `link` points to the folder outside, `link_file` to the file, `gone` to nothing.
 NAMES = [
     "{out}/{file}",
     "/{out}/{file}",

@@ -33,9 +33,7 @@ def pictures(seed=0, frames=FRAMES):
 @pytest.mark.parametrize(
     ("guided", "dtype", "least"), [(False, None, 45), (True, None, 45), (True, torch.bfloat16, 50)]
 )
-def test_reconstruction_check_of_fifty_steps_with_two_refinements_reaches_45_db(
-    small, nodes, vae, guided, dtype, least
-):
+def test_reconstruction_check_psnr_of_fifty_steps_with_two_refinements(small, nodes, vae, guided, dtype, least):
     source = pictures()
     latent = {"samples": vae.encode(source)}
     model = small.clone()
