@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cove.frames import read_frames
+
 RED, GREEN, BLUE = (200, 40, 40), (40, 180, 60), (50, 60, 210)
 GREY = (20, 20, 20)
 UPRIGHT = [RED, GREEN, BLUE, GREY]  # `colours` of the first frame of `quarters`
@@ -24,6 +26,11 @@ def quarters(count: int = 6, height: int = 64, width: int = 96) -> Tensor:
     images[:, top:, :left] = torch.tensor(BLUE) / 255
     images[:, top:, left:] = ((20 + 12 * torch.arange(count)) / 255)[:, None, None, None]
     return images
+
+
+def shown(path: Path, **settings) -> Tensor:
+    """Return the frames that `read_frames` reads."""
+    return read_frames(path, **settings).images
 
 
 def colours(image: Tensor) -> list[list[int]]:

@@ -19,7 +19,7 @@ import torch
 
 from scripts.host import PACK, Server, lay_out, provide_host
 from tests.helpers import state_of
-from tests.inversion_helpers import tiny
+from tests.inversion_helpers import invert, tiny
 from tests.random_models import FAMILIES, write_checkpoint, write_controlnet
 
 
@@ -167,6 +167,12 @@ def small(load, base):
     with torch.inference_mode():
         yield model
     assert state_of(model) == before
+
+
+@pytest.fixture
+def record(small, nodes):
+    """An inversion of two steps."""
+    return invert(nodes, small, steps=2)[1]
 
 
 @pytest.fixture

@@ -97,7 +97,7 @@ def test_draw_matches_repeats_the_last_colour_beyond_three_matches(known):
         assert pixel(drawn[3], centre(13 * match)) == pytest.approx(color)
 
 
-def test_draw_matches_gives_each_of_several_points_its_own_ring(known):
+def test_draw_matches_draws_a_distinct_ring_for_each_point(known):
     points = [(31.5, 66.5), (115.5, 66.5), (199.5, 66.5)]
     images = torch.full((FRAMES, 4 * HEIGHT, 4 * WIDTH, 3), 0.5)
     points = [(4 * x, 4 * y) for x, y in points]

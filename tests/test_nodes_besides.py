@@ -195,7 +195,7 @@ def with_hooks(model, conditioning):
 
 
 def test_feature_injection_refuses_hooks_of_a_source_prompt(comfy, small, nodes):
-    """They would be ignored silently."""
+    """Hooks would be ignored silently."""
     source = with_hooks(small, prompt(1))
     noise, inversion = invert(nodes, small, source)
     model = inject(nodes, small, inversion, conditioning=source, **ALL)

@@ -1,160 +1,37 @@
-"""File names: nothing outside ComfyUI's folders is read or written, and listing files is cheap."""
+"""File names in the nodes: nothing outside ComfyUI's folders is read or written, and listing files is cheap."""
 
-import ctypes
 import os
 import shutil
 import sys
 import time
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from cove.correspondence import Correspondence
-from cove.encode import write_frames
 from cove.files import atomic_write
-from scripts.host import PromptFailed
+from tests.file_helpers import (
+    CORRESPONDENCE,
+    FRAMES,
+    HEIGHT,
+    INVERSION,
+    LOADERS,
+    MISSING,
+    NAMES,
+    NO_NAMES,
+    PREFIXES,
+    WIDTH,
+    fill,
+    link_out,
+    matches,
+    opened,
+    spelled,
+    write_images,
+)
 from tests.helpers import call, refused
-from tests.inversion_helpers import invert, same
+from tests.inversion_helpers import same
 
-FRAMES, HEIGHT, WIDTH = 3, 24, 40  # of the clip, in pixels
-INVERSION, CORRESPONDENCE = "a.inversion.safetensors", "a.correspondence.safetensors"
-LOADERS = {"LoadFrames": "clip.mp4", "LoadInversion": INVERSION, "LoadCorrespondence": CORRESPONDENCE}
 SETTINGS = {"LoadFrames": {"count": 0, "fit": "crop"}, "LoadInversion": {"model": None}, "LoadCorrespondence": {}}
-
-# Names that lead out of ComfyUI's folders. {out}: a folder outside, {up}: its path from the input folder, {file}: a
-# file in it. In the input folder, `link` points to the folder outside, `link_file` to the file, `gone` to nothing.
-NAMES = [
-    "{out}/{file}",
-    "/{out}/{file}",
-    "{out}/{file} [input]",
-    "{out}/{file} [output]",
-    "{out}/{file} [temp]",
-    "{out}/{file}[output]",
-    "{out}",
-    "{up}/{file}",
-    "{up}/{file} [input]",
-    "./{up}/{file}",
-    "sub/../{up}/{file}",
-    "sub/../../input/{up}/{file}",
-    "missing/../{up}/{file}",
-    "{up}",
-    "..",
-    "../input/{file}",
-    "../output/{file} [input]",
-    "sub/..",
-    "sub\\..\\..\\outside\\{file}",
-    "..\\..\\outside\\{file}",
-    "link/{file}",
-    "link/missing.mp4",
-    "link/sub/../{file}",
-    "link",
-    "sub/link/{file}",
-    "link_file",
-    "gone",
-    "C:\\{file}",
-    "C:{file}",
-    "c:/{file} [output]",
-    "\\{file}",
-    "\\\\server\\share\\{file}",
-    "//server/share/{file}",
-    "\\\\?\\C:\\{file}",
-    "\\\\.\\pipe\\{file}",
-    "a\0{file}",
-    "{out}/{file}\0.png",
-    "",
-    " [output]",
-    ".",
-    "./",
-    "/",
-    "/dev/zero",
-    "/etc/hostname [output]",
-    "/proc/self/environ",
-    "\ud800.mp4",
-]
-# Names inside the folders of files that cannot be loaded.
-MISSING = [
-    "missing.mp4",
-    "x" * 300 + ".mp4",
-    "sub/" * 1500 + "x.mp4",
-    "~/{file}",
-    "file://{out}/{file}",
-    "http://127.0.0.1/{file}",
-    "concat:{file}|{file}",
-    "{file}/{file}",
-    "loop",
-    "pipe",
-    "...",
-    "%2e%2e/outside/{file}",
-    "\uff0e\uff0e/outside/{file}",
-    "sub/\n",
-]
-# Values that the API can send instead of a name.
-NO_NAMES = [5, True, ["clip.mp4"], {"file": "clip.mp4"}, 0.5]
-PREFIXES = ["{out}/a", "../outside/a", "sub/../../../outside/a", "..\\..\\outside\\a", "link/a", "link/deep/a", "C:\\a"]
-PREFIXES += ["C:a", "\\\\server\\share\\a", "//server/share/a", "a\0b", "", ".", "/", "{year}/a", "%year%/a", "link\\a"]
-PREFIXES += ["%year%/deep/a", "\ud800"]
-
-
-@contextmanager
-def opened(*folders):
-    """Watch what any process opens in these folders, including the folders themselves (Linux)."""
-    if sys.platform != "linux":
-        yield lambda: b""
-        return
-    libc = ctypes.CDLL(None, use_errno=True)
-    events = libc.inotify_init1(os.O_NONBLOCK)
-    for folder in folders:
-        assert libc.inotify_add_watch(events, os.fsencode(folder), 0x20) >= 0  # IN_OPEN
-
-    def seen() -> bytes:
-        try:
-            return os.read(events, 2**16)
-        except BlockingIOError:
-            return b""
-
-    try:
-        yield seen
-    finally:
-        os.close(events)
-
-
-def clip():
-    return torch.rand(FRAMES, HEIGHT, WIDTH, 3, generator=torch.Generator().manual_seed(0))
-
-
-def matches():
-    found = torch.arange(35).repeat(2, 1)[..., None].int()
-    return Correspondence(found, found.clone(), 5, 7, 3)
-
-
-def fill(folder, inversion=None):
-    """Write a file for each loader, and a folder of images."""
-    (folder / "sub").mkdir(parents=True, exist_ok=True)
-    write_frames(folder / "clip.mp4", clip(), 12)
-    write_frames(folder / "sub" / "clip.mp4", clip(), 12)
-    matches().save(folder / CORRESPONDENCE)
-    if inversion is not None:
-        inversion.save(folder / INVERSION)
-    write_images(folder / "images")
-
-
-def write_images(folder):
-    from PIL import Image
-
-    folder.mkdir(exist_ok=True)
-    for number, image in enumerate(clip()):
-        Image.fromarray((image * 255).byte().numpy()).save(folder / f"{number}.png")
-
-
-def link_out(folder, outside):
-    """Create links in a folder that lead out of it."""
-    (folder / "sub").mkdir(exist_ok=True)
-    (folder / "link").symlink_to(outside, target_is_directory=True)
-    (folder / "sub" / "link").symlink_to(outside, target_is_directory=True)
-    (folder / "link_file").symlink_to(outside / "clip.mp4")
-    (folder / "gone").symlink_to(outside / "missing")
 
 
 def tree(folder):
@@ -176,16 +53,6 @@ def folders(comfy, tmp_path):
     yield own
     for kind in kinds:
         getattr(folder_paths, f"set_{kind}_directory")(before[kind])
-
-
-@pytest.fixture
-def record(small, nodes):
-    return invert(nodes, small, steps=2)[1]
-
-
-def spelled(name, folders, file="clip.mp4"):
-    up = os.path.relpath(folders.outside, folders.input)
-    return name.format(out=folders.outside, up=up, file=file, year=time.localtime().tm_year)
 
 
 # --- reading ---
@@ -445,74 +312,3 @@ def test_load_nodes_list_files_beside_unreadable_folders(nodes, folders, monkeyp
     shutil.rmtree(folders.input)
     for node in LOADERS:
         assert nodes[node].define_schema().inputs[0].options == []
-
-
-# --- through the API ---
-
-
-@pytest.fixture
-def wires():
-    """Loader, file name -> a prompt."""
-
-    def made(node, name):
-        takers = {
-            "LoadFrames": ("PreviewImage", {"images": ["1", 0]}),
-            "LoadCorrespondence": ("CoveSaveCorrespondence", {"correspondence": ["1", 0], "filename_prefix": "api/a"}),
-            "LoadInversion": ("CoveSaveInversion", {"inversion": ["1", 1], "filename_prefix": "api/a"}),
-        }
-        settings = {"start": 0, "count": 0, "stride": 1, "width": 0, "height": 0, "fit": "crop"}
-        settings = {"LoadFrames": settings, "LoadInversion": {"model": ["3", 0]}}.get(node, {})
-        prompt = {"1": (f"Cove{node}", {"file": name} | settings), "2": takers[node]}
-        if node == "LoadInversion":
-            prompt["3"] = ("CheckpointLoaderSimple", {"ckpt_name": "sd15.ckpt"})
-        return {place: {"class_type": kind, "inputs": inputs} for place, (kind, inputs) in prompt.items()}
-
-    return made
-
-
-@pytest.fixture
-def served(base, tmp_path):
-    """The server's folders, and one outside of them."""
-    own = SimpleNamespace(**{kind: base / kind for kind in ("input", "output", "temp")}, outside=tmp_path / "outside")
-    own.outside.mkdir()
-    names = [own.input / name for name in ("link", "sub", "link_file", "gone")]
-    link_out(own.input, own.outside)
-    yield own
-    for path in names:
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    shutil.rmtree(own.output / "api", ignore_errors=True)
-
-
-@pytest.mark.parametrize("node", LOADERS)
-def test_load_nodes_read_nothing_outside_through_the_api(server, served, wires, record, node):
-    file = LOADERS[node]
-    fill(served.outside, record)
-    with opened(served.outside, served.outside / "sub", served.outside / "images") as seen:
-        for name in [spelled(name, served, file) for name in NAMES]:
-            with pytest.raises(PromptFailed) as caught:
-                server.queue(wires(node, name), 60)
-            assert caught.value.node_type == f"Cove{node}" and "inside ComfyUI's" in caught.value.reason, name
-        for name in [None, *NO_NAMES, *(spelled(name, served, file) for name in MISSING)]:
-            with pytest.raises(PromptFailed) as caught:
-                server.queue(wires(node, {"__value__": name}), 60)
-            assert caught.value.node_type == f"Cove{node}", name
-        assert not seen()
-
-
-def test_save_correspondence_writes_nothing_outside_through_the_api(server, served, wires):
-    matches().save(served.input / CORRESPONDENCE)
-    prompt = wires("LoadCorrespondence", CORRESPONDENCE)
-    (served.output / "api").symlink_to(served.outside, target_is_directory=True)
-    try:
-        with pytest.raises(PromptFailed, match="inside ComfyUI's output folder"):
-            server.queue(prompt, 60)
-        for prefix in [spelled(prefix, served) for prefix in PREFIXES if "link" not in prefix and "year" not in prefix]:
-            prompt["2"]["inputs"]["filename_prefix"] = prefix
-            with pytest.raises(PromptFailed) as caught:
-                server.queue(prompt, 60)
-            assert caught.value.node_type == "CoveSaveCorrespondence", prefix
-            assert "inside ComfyUI's output folder" in caught.value.reason
-        assert not list(served.outside.iterdir())
-    finally:
-        (served.output / "api").unlink()
-        (served.input / CORRESPONDENCE).unlink()
