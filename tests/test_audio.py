@@ -120,7 +120,7 @@ def paused(path, seconds):
     return [time / 1000 for time in times]
 
 
-def test_read_frames_short_pause_slows_the_whole_clip(tmp_path):
+def test_read_frames_slows_the_whole_clip_for_a_short_pause(tmp_path):
     times = paused(tmp_path / "a.mkv", 2.5)
     clip = read_frames(tmp_path / "a.mkv")
     assert clip.fps == pytest.approx(22 / times[-1]) and any("not evenly spaced" in note for note in clip.notes)

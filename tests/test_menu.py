@@ -23,6 +23,6 @@ def test_nodes_describe_every_input(nodes):
         assert all(slot.tooltip for slot in schema.inputs or []), name
 
 
-def test_nodes_have_a_help_page_each(nodes):
+def test_nodes_each_have_a_help_page(nodes):
     pages = {page.stem for page in (ROOT / "web" / "docs").glob("*.md")}
     assert pages == {node.define_schema().node_id for node in nodes.values()}

@@ -1,5 +1,4 @@
-"""Fingerprint of an inversion: it changes with every attribute that affects the run, and equal objects have an equal
-one."""
+"""Fingerprint of an inversion: different for every attribute that affects the run, equal for equal objects."""
 
 import copy
 import functools

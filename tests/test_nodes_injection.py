@@ -60,7 +60,7 @@ def test_store_features_stores_the_source_of_every_sampling_step(small, nodes, s
         assert all(torch.equal(features[site], source.at[site]) for site in AUTO_SITES)
     with watched(small) as calls:
         edited_at(inject(nodes, small, stored), inversion, 1)
-    assert len(calls) == 1  # the source is not run
+    assert len(calls) == 1  # the source does not run
 
 
 def test_feature_injection_injects_queries_and_keys_but_not_values(small, nodes):

@@ -168,7 +168,7 @@ def test_random_clip_is_deterministic_and_refuses_unknown_motions():
         random_clip(generator(), 5, "jump")
 
 
-def test_random_clip_moves_only_as_its_motion():
+def test_random_clip_changes_only_the_parameters_of_its_motion():
     def seen(motion, value):
         return len({value(scene) for scene in random_clip(generator(3), 5, motion).scenes})
 
