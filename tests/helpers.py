@@ -1,4 +1,4 @@
-"""What the tests of the nodes share: small inputs, one look through a model, one call of a node, one error.
+"""Shared by the tests of the nodes: small inputs, one model evaluation, node calls, expected errors.
 
 Frames, height and width are different primes; 5x7 and 7x13 latents are 3x4 and 4x7 one level down.
 """
@@ -17,13 +17,13 @@ from torch import Tensor
 FRAMES, HEIGHT, WIDTH = 3, 5, 7
 TEXT = {"sd15": (768, None), "sd21": (1024, None), "sd21v": (1024, None), "sdxl": (2048, 1280)}
 
-# What core's context windows ask for.
+# Settings of core's context windows.
 WINDOWS = {"context_length": 2, "context_overlap": 1, "context_schedule": "standard_static", "context_stride": 1}
 WINDOWS |= {"closed_loop": False, "fuse_method": "flat", "dim": 0}
 
 
 def call(node, **inputs) -> tuple:
-    """What a node gives out for these inputs and its own defaults."""
+    """Return the outputs of a node for these inputs and its own defaults."""
     defaults = {
         slot.id: slot.default for slot in node.define_schema().inputs if getattr(slot, "default", None) is not None
     }
@@ -31,15 +31,15 @@ def call(node, **inputs) -> tuple:
 
 
 def run_stock(node, *inputs) -> tuple:
-    """What a stock node gives out. Older hosts have some of them in the older form, a method that the class names."""
+    """Return the outputs of a stock node, in the V3 form or the V1 form of older hosts."""
     made = node.execute(*inputs) if hasattr(node, "execute") else getattr(node(), node.FUNCTION)(*inputs)
-    return getattr(made, "args", made)  # some give a tuple
+    return getattr(made, "args", made)  # V1 nodes return a tuple
 
 
 def windowed(model, **settings):
-    """MODEL with core's context windows: `WINDOWS` but for `settings`, and the defaults of what newer hosts add.
+    """Return MODEL with core's context windows: `WINDOWS` with `settings`, else the node's defaults.
 
-    A setting that the host's node does not have is left out.
+    Settings that the host's node lacks are ignored.
     """
     from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 
@@ -49,7 +49,7 @@ def windowed(model, **settings):
 
 
 def set_free_memory(monkeypatch, size: int) -> None:
-    """Make the host believe that `size` bytes are free when it decides how many conditionings run at once."""
+    """Make the host see `size` bytes of free memory when it chooses how many conditionings run at once."""
     import comfy.model_patcher
     import comfy.samplers
 
@@ -60,12 +60,12 @@ def set_free_memory(monkeypatch, size: int) -> None:
 
 
 def latents(frames: int = FRAMES, height: int = HEIGHT, width: int = WIDTH, seed: int = 0) -> dict[str, Tensor]:
-    """A LATENT of random numbers of the size that VAE encoding gives."""
+    """Return a LATENT of random numbers on the scale of VAE-encoded frames."""
     return {"samples": 5 * torch.randn(frames, 4, height, width, generator=torch.Generator().manual_seed(seed))}
 
 
 def prompt(seed: int = 0, kind: str = "sd15", **extras) -> list:
-    """A CONDITIONING of random numbers, as different from another seed's as a prompt can be."""
+    """Return a CONDITIONING of random numbers; different seeds are unrelated prompts."""
     width, pooled = TEXT[kind]
     generator = torch.Generator().manual_seed(seed)
     vector = {"pooled_output": torch.randn(1, pooled, generator=generator)} if pooled else {}
@@ -73,12 +73,12 @@ def prompt(seed: int = 0, kind: str = "sd15", **extras) -> list:
 
 
 def hints(frames: int = FRAMES, height: int = HEIGHT, width: int = WIDTH, seed: int = 0) -> Tensor:
-    """Random pictures for a ControlNet, of latents of this size."""
+    """Return random ControlNet hints for latents of this size."""
     return torch.rand(frames, 8 * height, 8 * width, 3, generator=torch.Generator().manual_seed(seed))
 
 
 def predict(model, latent: dict[str, Tensor], positive, negative=None, cfg: float = 1.0, sigma: float = 3.0) -> Tensor:
-    """The model's answer at one sigma, through all that a stock sampler goes through."""
+    """Return the denoised latents at one sigma, evaluated the way a stock sampler does."""
     import comfy.sample
     import comfy.samplers
 
@@ -86,7 +86,7 @@ def predict(model, latent: dict[str, Tensor], positive, negative=None, cfg: floa
         return denoise(x, sigmas[0].expand(len(x)), **extra_args)
 
     samples = latent["samples"]
-    # As many sigmas as frames: core's context windows (0.3.75) compare them one by one.
+    # One sigma per frame: core's context windows (0.3.75) compare them one by one.
     sigmas = sigma * torch.eye(max(2, len(samples)))[0]
     negative = positive if negative is None else negative
     sampler = comfy.samplers.KSAMPLER(once)
@@ -97,7 +97,7 @@ def predict(model, latent: dict[str, Tensor], positive, negative=None, cfg: floa
 
 
 def state_of(model) -> dict[str, Any]:
-    """All of a MODEL that a node could change without owning it, in comparable form."""
+    """Return everything in a MODEL that a node could change without owning it, in comparable form."""
 
     def spelled(value):
         if isinstance(value, dict):
@@ -115,7 +115,7 @@ def state_of(model) -> dict[str, Any]:
 
 @contextmanager
 def refused(*pieces: str, error: type = ValueError) -> Iterator[None]:
-    """The block ends in an error whose message begins with the first piece and has all others in it."""
+    """Expect an error whose message begins with the first piece and contains all others."""
     with pytest.raises(error) as caught:
         yield
     message = str(caught.value)
@@ -125,7 +125,7 @@ def refused(*pieces: str, error: type = ValueError) -> Iterator[None]:
 
 
 def transformer():
-    """A tiny MODEL that is no UNet: Flux."""
+    """Return a tiny MODEL that is not a UNet: Flux."""
     import comfy.model_patcher
     import comfy.supported_models
     from comfy.ldm.flux.model import FluxParams

@@ -1,9 +1,8 @@
-"""Everything that the pack uses of ComfyUI, and what is recorded of the versions it was tried on.
+"""Everything that the pack uses of ComfyUI, and the record of the versions it was tested with.
 
 `USES` has a line for each name. A call lists its parameters as the pack passes them: by position, then after `*` by
-name. CLASS: a class that is derived from or asked for. VALUE: a constant or a variable. FIELD: read or set on
-instances. OPTIONAL: such a field that older or newer ComfyUIs lack. KEY: read from a dictionary, whose name stands
-before the bracket.
+name. CLASS: a base class or a class for isinstance. VALUE: a constant or a variable. FIELD: read or set on instances.
+OPTIONAL: a field that older or newer ComfyUIs lack. KEY: read from a dictionary, named before the bracket.
 """
 
 from __future__ import annotations
@@ -285,14 +284,14 @@ USES = {
 
 
 def parameters(call: str) -> tuple[list[str], list[str]]:
-    """Of a line of `USES`: the parameters that are passed by position, and those passed by name."""
+    """Return the parameters in a line of `USES` that are passed by position, and those passed by name."""
     by_position, _, by_name = call.partition("*, ")
     names = [[name for name in part.split(", ") if name] for part in (by_position, by_name)]
     return names[0], names[1]
 
 
 def resolve(name: str) -> Any:
-    """What a dotted name stands for: a module, and attributes of it."""
+    """Return the object with a dotted name: a module, or an attribute of one."""
     parts = name.split(".")
     for length in range(len(parts), 0, -1):
         try:
@@ -308,7 +307,7 @@ def resolve(name: str) -> Any:
 
 
 def from_source(name: str) -> Any:
-    """What a name stands for in a module that cannot be imported beside others: a function without its body, a text."""
+    """Return a name of a module that cannot be imported here: a function without its body, or an expression's text."""
     module, _, inside = name.partition(".")
     tree = ast.parse(Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8"))
     for node in ast.walk(tree):
@@ -323,7 +322,7 @@ def from_source(name: str) -> Any:
 
 
 def signature_text(function) -> str:
-    """A signature without annotations and defaults, which Python can read again: `a, b=..., *, c`."""
+    """Return a signature without annotations and default values, as valid Python: `a, b=..., *, c`."""
     signature = inspect.signature(function)
     bare = [
         parameter.replace(
@@ -335,7 +334,7 @@ def signature_text(function) -> str:
 
 
 def complaint(call: str, text: str) -> str | None:
-    """Why a function of this signature cannot be called like this, or None."""
+    """Return why a function of this signature does not accept the call, or None."""
     by_position, by_name = parameters(call)
     signature = inspect.signature(eval(f"lambda {text}: None"))
     try:
@@ -349,11 +348,11 @@ def complaint(call: str, text: str) -> str | None:
 
 
 def fact_of(name: str, kind: str, instances: dict[str, Any], keys: dict[str, set[str]]) -> str:
-    """What is recorded of one line of `USES` on the running host.
+    """Return the fact to record about one line of `USES` on the running host.
 
     Args:
-        instances: by the dotted name of their class.
-        keys: those seen in dictionaries, by the dictionary's name in `USES`.
+        instances: objects by the dotted name of their class.
+        keys: observed keys by the dictionary's name in `USES`.
     """
     if kind == KEY:
         owner, key = name.rstrip("]").split("[")
@@ -373,19 +372,19 @@ def fact_of(name: str, kind: str, instances: dict[str, Any], keys: dict[str, set
 
 
 def recorded() -> dict[str, dict[str, list[str]]]:
-    """Line of `USES` -> what was found -> the versions of ComfyUI in which it was found."""
+    """Return the recorded facts: line of `USES` -> fact -> versions of ComfyUI."""
     return json.loads(FACTS.read_text(encoding="utf-8"))
 
 
 def facts_of(version: str) -> dict[str, str]:
-    """Line of `USES` -> what is recorded of this version, where something is."""
+    """Return the recorded fact of this version by line of `USES`, without unrecorded lines."""
     known = recorded()
     found = {name: [fact for fact, versions in known.get(name, {}).items() if version in versions] for name in USES}
     return {name: facts[0] for name, facts in found.items() if facts}
 
 
 def record(version: str, facts: dict[str, str]) -> None:
-    """Replace what is recorded of a version. Lines that `USES` has no more are dropped."""
+    """Replace the record of a version, and drop lines that are no longer in `USES`."""
     kept, lines = recorded(), []
     for name in USES:
         found = {fact: [one for one in versions if one != version] for fact, versions in kept.get(name, {}).items()}

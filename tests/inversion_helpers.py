@@ -1,7 +1,7 @@
-"""What the tests of inversion and injection share: a tiny MODEL, nodes in one line, a look at what a UNet is given.
+"""Shared by the tests of inversion and injection: a tiny MODEL, one-line calls of nodes, recorded UNet calls.
 
-The MODEL is small in width only: its decoder has as many blocks as the family's, so the sites are where a real
-checkpoint has them.
+The MODEL is small only in width: its decoder has the family's number of blocks, so sites are those of a real
+checkpoint.
 """
 
 from __future__ import annotations
@@ -53,15 +53,15 @@ SITES = [*(f"resnet.{block}.0" for block in range(4)), *(f"attention.{block}.0" 
 AUTO_SITES = ["resnet.0.0", *(f"attention.{block}.0" for block in range(3))]  # FLATTEN's blocks in that UNet
 TENSORS = ("clip", "latents", "sigmas", "residuals", "stopped")  # of an inversion
 
-# The strength of what is random in the answer, found by looking: enough to be seen, little enough to come back.
+# The strength of the output's random part, set by trial: large enough for an effect, small enough to be reversible.
 LAST = 0.1
 
 
 @cache
 def tiny(kind: str = "two levels", seed: int = 0):
-    """A random MODEL of 32 to 128 channels; like the random checkpoints, it answers near its input, normalised.
+    """Return a random MODEL of 32 to 128 channels, whose output is close to its normalised input.
 
-    Each is made once: a test must leave it as it was.
+    Each is made once, so a test must not change it.
     """
     import comfy.supported_models
 
@@ -72,7 +72,7 @@ def tiny(kind: str = "two levels", seed: int = 0):
 
 
 def with_random_weights(model, seed: int = 0, share: float = 1.0):
-    """The MODEL of a host's model of 32 channels, whose answer is `share` times its input and a random rest."""
+    """Return the MODEL of a host's model of 32 channels, whose output is `share` times its input plus a random part."""
     import comfy.model_patcher
 
     unet, generator = model.diffusion_model, torch.Generator().manual_seed(seed)
@@ -85,7 +85,7 @@ def with_random_weights(model, seed: int = 0, share: float = 1.0):
             added = any(part in name for part in ("out_layers", "proj_out", "skip_connection", "to_out"))
             gain = LAST if name.startswith("out.") or (added and name.startswith(end)) else 0.3 if added else 1.0
             weight.normal_(0, gain / weight[0].numel() ** 0.5, generator=generator)
-        # The latent and its negative in channels 0-7, brought back by the last skip: silu(x) - silu(-x) = x.
+        # The latent and its negative in channels 0-7, returned by the last skip: silu(x) - silu(-x) = x.
         first, last, head = unet.input_blocks[0][0].weight, unet.output_blocks[-1][0].skip_connection, unet.out[2]
         first[:8] = 0
         first[range(8), [0, 1, 2, 3] * 2, 1, 1] = torch.tensor([1.0] * 4 + [-1.0] * 4)
@@ -97,7 +97,7 @@ def with_random_weights(model, seed: int = 0, share: float = 1.0):
 
 
 def small_lora(folder, seed: int = 0) -> str:
-    """Path of a LoRA of the MODEL of two levels, written to a folder."""
+    """Write a LoRA for the MODEL of two levels to a folder and return its path."""
     generator = torch.Generator().manual_seed(seed)
     name = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_"
     tensors = {}
@@ -109,56 +109,56 @@ def small_lora(folder, seed: int = 0) -> str:
     return str(path)
 
 
-# --- nodes in one line ---
+# --- one-line calls of nodes ---
 
 
 def invert(nodes, model, conditioning=None, latent=None, steps=3, **settings):
-    """Noise and inversion; no refinements unless asked for."""
+    """Return noise and inversion; without refinements by default."""
     wires = {"model": model, "conditioning": conditioning or prompt(1), "latent": latent or latents()}
     settings = {"refinements": 0} | settings
     return call(nodes["DDIMInversion"], **wires, steps=steps, **settings)
 
 
 def store(nodes, model, inversion, share=1.0, **settings):
-    """The inversion out of Store Features, in memory and of every step by default."""
+    """Return the inversion from Store Features, by default in memory and with every step."""
     return call(nodes["StoreFeatures"], model=model, inversion=inversion, share=share, **settings)[0]
 
 
 def store_unless_recomputed(nodes, model, inversion, storage, **settings):
-    """The same with this storage; "recompute": the inversion without features."""
+    """Return the inversion from Store Features with this storage, or unchanged for "recompute"."""
     return inversion if storage == "recompute" else store(nodes, model, inversion, storage=storage, **settings)
 
 
 def guide(nodes, model, latent=None, **settings):
-    """MODEL out of Correspondence Attention, with the correspondence that this MODEL finds in the latents."""
+    """Return MODEL from Correspondence Attention, with the correspondence of its own features."""
     features, _ = call(nodes["DiffusionFeatures"], model=model, latent=latent or latents())
     (correspondence,) = call(nodes["Correspondence"], features=features, window=3)
     return call(nodes["CorrespondenceAttention"], model=model, correspondence=correspondence, **settings)[0]
 
 
 def inject(nodes, model, inversion, **settings):
-    """MODEL out of Feature Injection, active in every step by default."""
+    """Return MODEL from Feature Injection, by default active in every step."""
     settings = {"resnet_share": 1.0, "attention_share": 1.0} | settings
     return call(nodes["FeatureInjection"], model=model, inversion=inversion, **settings)[0]
 
 
 def flow(nodes, model, inversion, every=2, **settings):
-    """MODEL out of TokenFlow, with one keyframe in every two frames by default."""
+    """Return MODEL from TokenFlow, by default with one keyframe in every two frames."""
     return call(nodes["TokenFlow"], model=model, inversion=inversion, every=every, **settings)[0]
 
 
 def sample(nodes, model, noise, positive=None, negative=None, cfg=2.0):
-    """Edited latents."""
+    """Return the edited latents from DDIM Sampler."""
     wires = {"model": model, "noise": noise, "positive": positive or prompt(2), "negative": negative or prompt(3)}
     return call(nodes["DDIMSampler"], **wires, cfg=cfg)[0]["samples"]
 
 
-# --- a look at the UNet ---
+# --- recorded UNet calls ---
 
 
 @dataclass
 class Seen:
-    """One call of the UNet: what came, and what stood at each site, by its name."""
+    """One call of the UNet: its inputs, and the tensors at each site by name."""
 
     latents: Tensor
     options: dict
@@ -174,7 +174,7 @@ class Seen:
 
 @contextmanager
 def watched(model) -> Iterator[list[Seen]]:
-    """Collects every call of the UNet while the block runs, through hooks of its own."""
+    """Record every call of the UNet in the block, with temporary hooks."""
     from comfy.ldm.modules.attention import SpatialTransformer
 
     unet, calls, hooks = model.model.diffusion_model, [], []
@@ -203,7 +203,7 @@ def watched(model) -> Iterator[list[Seen]]:
 
 
 def ask(model, at: Tensor, sigmas: Tensor, step: int, positive, negative=None, cfg: float = 1.0) -> Tensor:
-    """The answer at latents `at`, as the model sees them, in step `step` of a run down `sigmas`."""
+    """Return the denoised latents at `at`, in the model's scale, in step `step` of a run over `sigmas`."""
     import comfy.sample
     import comfy.samplers
 
@@ -218,12 +218,12 @@ def ask(model, at: Tensor, sigmas: Tensor, step: int, positive, negative=None, c
 
 
 def noise_like(inversion, seed=7):
-    """Latents as the model sees them, that are none of the inversion's."""
+    """Return latents in the model's scale that are not from the inversion."""
     return 3 * torch.randn(inversion.clip.shape, generator=torch.Generator().manual_seed(seed))
 
 
 def source_at(model, inversion, step, conditioning=None, frames=slice(None)):
-    """What stands in the UNet of MODEL, without injection, at the stored latents of a step."""
+    """Return the UNet call of MODEL, without injection, at the stored latents of a step."""
     with watched(model) as calls:
         ask(model, inversion.latents[step][frames], down(inversion), -2 - step, conditioning or prompt(1))
     (seen,) = calls
@@ -231,12 +231,12 @@ def source_at(model, inversion, step, conditioning=None, frames=slice(None)):
 
 
 def down(inversion):
-    """The sigmas of sampling on the grid of the inversion."""
+    """Return the sigmas of sampling on the grid of the inversion."""
     return inversion.sigmas.flip(0)
 
 
 def edited_at(model, inversion, step, positive=None, negative=None, cfg=2.0):
-    """The calls of the UNet of MODEL for an edit at this step, and the answer."""
+    """Return the UNet calls of MODEL for an edit at this step, and the denoised latents."""
     with watched(model) as calls:
         positive, negative = positive or prompt(2), negative or prompt(3)
         answer = ask(model, noise_like(inversion), down(inversion), -2 - step, positive, negative, cfg)
@@ -247,24 +247,24 @@ def edited_at(model, inversion, step, positive=None, negative=None, cfg=2.0):
 
 
 def keyframes_of(cove, inversion, step, every, seed=0):
-    """One draw for each step before this one, from the noisiest on."""
+    """Return the keyframes of a step; there is one draw per step, starting with the noisiest."""
     generator = torch.Generator().manual_seed(seed)
     draws = inversion.schedule.steps - step
     return [cove.tokenflow.choose_keyframes(inversion.frames, every, generator) for _ in range(draws)][-1]
 
 
 def part_of(inversion, frames):
-    """The inversion of some of the frames, without features."""
+    """Return the inversion of some of the frames, without features."""
     return replace(inversion, clip=inversion.clip[frames], latents=inversion.latents[:, frames], features={})
 
 
 def joint(nodes, model):
-    """MODEL with attention among all frames, and nothing else."""
+    """Return MODEL with attention among all frames only."""
     return call(nodes["CorrespondenceAttention"], model=model)[0]
 
 
 def answer_at(model, inversion, step, positive=None, negative=None, cfg=2.0):
-    """The answer for an edit at this step."""
+    """Return the denoised latents for an edit at this step."""
     positive, negative = positive or prompt(2), negative or prompt(3)
     return ask(model, noise_like(inversion), down(inversion), -2 - step, positive, negative, cfg)
 
@@ -273,7 +273,7 @@ def answer_at(model, inversion, step, positive=None, negative=None, cfg=2.0):
 
 
 def windows_of(model, order, patched):
-    """MODEL with core's context windows, or AnimateDiff-Evolved's, before or after it is patched; of 5 frames."""
+    """Return MODEL with core's or AnimateDiff-Evolved's context windows on 5 frames, before or after it is patched."""
 
     def core(model):
         return windowed(model, context_length=3)
@@ -300,9 +300,9 @@ def windows_of(model, order, patched):
 
 
 def windows_in(order):
-    """The windows of `windows_of`, each with the frames that it runs on.
+    """Return the windows of `windows_of`, each with the frames that it runs on.
 
-    Since 0.21, core's own run with the frame before them in front, by default.
+    Since 0.21, core's windows by default run with the preceding frame in front.
     """
     from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 
@@ -315,11 +315,11 @@ def windows_in(order):
 
 
 def same(one, other) -> bool:
-    """Whether two inversions hold the same, bit for bit."""
+    """Return whether two inversions are bit-identical."""
     tensors = [(getattr(one, name), getattr(other, name)) for name in TENSORS]
     tensors += [(one.conditioning[name], other.conditioning[name]) for name in one.conditioning]
     tensors += [(one.features[i][site], other.features[i][site]) for i in one.features for site in one.features[i]]
     alike = one.conditioning.keys() == other.conditioning.keys() and one.about == other.about
     alike &= {i: set(some) for i, some in one.features.items()} == {i: set(some) for i, some in other.features.items()}
-    # NaN is alike, too.
+    # NaN equals NaN.
     return alike and all(a.dtype == b.dtype and torch.equal(a.nan_to_num(-1), b.nan_to_num(-1)) for a, b in tensors)

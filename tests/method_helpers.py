@@ -1,4 +1,4 @@
-"""What the tests of `cove/` share: seeded tensors, pictures, devices, a full disk and a fresh interpreter."""
+"""Shared by the tests of `cove/`: seeded tensors, pictures, devices, a full disk, a fresh interpreter, memory."""
 
 import json
 import subprocess
@@ -16,11 +16,11 @@ from torch.utils._pytree import tree_leaves
 ROOT = Path(__file__).parents[1]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
-# To the last bit, with NaN equal to NaN.
+# Bit-identical, with NaN equal to NaN.
 assert_same = partial(assert_close, rtol=0, atol=0, equal_nan=True)
 
 # Prefix of code for `fresh`: peak() is the largest resident size so far, in bytes. On Linux it is read from /proc,
-# since there `ru_maxrss` starts from the size of the parent process and would hide all that is smaller.
+# because `ru_maxrss` starts there from the size of the parent process and would hide smaller peaks.
 PEAK = """
 import resource, sys
 from pathlib import Path
@@ -40,32 +40,32 @@ def randn(*shape, seed=0, dtype=torch.float32):
 
 
 def picture(height=24, width=40, count=1):
-    """Smooth and coloured, different along every axis, so that H.264 can keep it and a flip or a swap shows."""
+    """Return a smooth clip that H.264 keeps and that varies along every axis, so that a flip or a swap shows."""
     f, y, x = torch.meshgrid(*(torch.linspace(0, 1, size) for size in (count, height, width)), indexing="ij")
     return torch.stack([x, 0.7 * y + 0.1 * f, 0.8 - 0.6 * x * y], -1)
 
 
 def fresh(code):
-    """What `code`, in an interpreter of its own, prints last, read as JSON."""
+    """Run `code` in a fresh interpreter and return its last line, parsed as JSON."""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def full_disk(tensors, path, metadata=None):
-    """In place of `save_file`: no room for the second half, and the error that safetensors has for that."""
+    """Stand in for `save_file` on a full disk: write half a file, then raise safetensors' error."""
     path.write_bytes(b"half")
     raise SafetensorError("Error while serializing: I/O error: No space left on device")
 
 
 def half_is_as_good(fast, plain, exact):
-    """In half precision: an error at most twice that of the plain version in the same dtype."""
+    """Check that the error in half precision is at most twice that of the plain version in the same dtype."""
     assert fast.dtype == plain.dtype
     assert (fast.double() - exact).abs().max() <= 2 * (plain.double() - exact).abs().max()
 
 
 class Held(TorchDispatchMode):
-    """Counts the bytes of all tensors that come into being inside, while they live."""
+    """Count the bytes of live tensors created inside."""
 
     def __init__(self):
         super().__init__()

@@ -1,8 +1,8 @@
-"""Small random checkpoints and ControlNets that ComfyUI's stock loaders take for the real thing.
+"""Small random checkpoints and ControlNets that ComfyUI's stock loaders accept.
 
-They know nothing about pictures: nobody trained them. They exist so that tests need no download.
-Text encoders are complete (ComfyUI leaves missing weights uninitialised), the UNet is the family's with fewer and
-shallower levels, the autoencoder is TAESD with hand-set weights that shrinks and enlarges pictures.
+They are untrained and spare the tests a download. Text encoders are complete (ComfyUI leaves missing weights
+uninitialised), the UNet is the family's with fewer and shallower levels, the autoencoder is TAESD with hand-set weights
+that shrinks and enlarges pictures.
 
 Random matrices are overlapping views of a short random storage (`weight[o, i] = storage[o + i]`), and `torch.save`
 writes the storage only: 350 million parameters become a file of a few MiB. In memory they are full-sized.
@@ -22,7 +22,7 @@ from cove.files import atomic_write
 
 @dataclass(frozen=True)
 class Text:
-    """A CLIP text tower: its key prefix, width, layers, and whether its keys are OpenCLIP's or transformers'."""
+    """A CLIP text tower: key prefix, width, layers, and whether keys follow OpenCLIP or transformers."""
 
     prefix: str
     width: int
@@ -32,10 +32,10 @@ class Text:
 
 @dataclass(frozen=True)
 class Family:
-    """What ComfyUI reads off a checkpoint to tell its family, and nothing it does not.
+    """The properties by which ComfyUI detects a checkpoint's family.
 
-    levels: per resolution, channels and the transformer depth of each ResNet block (0: no attention there).
-    passthrough: share of the input latent in the model's answer; 1 suits noise prediction, 0 v-prediction.
+    levels: per resolution, channels and the transformer depth of each ResNet block (0: no attention).
+    passthrough: share of the input latent in the model's output; 1 suits noise prediction, 0 v-prediction.
     """
 
     levels: tuple[tuple[int, tuple[int, ...]], ...]
@@ -71,14 +71,14 @@ FAMILIES = {
 def write_checkpoint(path: str | Path, kind: str, seed: int = 0) -> Path:
     """Write a random checkpoint of one of `FAMILIES` for `CheckpointLoaderSimple`.
 
-    The UNet answers with its input, normalised, plus a small random function of latent, time, text and control: near
-    the ideal answer for data that is Gaussian noise. So DDIM inversion and sampling meet again, and prompts change
-    the picture, without meaning. See `vae_weights` for what the autoencoder does.
+    The UNet returns its normalised input plus a small random function of latent, time, text and control, close to the
+    ideal output for data that is Gaussian noise. DDIM sampling therefore reverses DDIM inversion, and prompts change
+    the picture, without meaning. `vae_weights` describes the autoencoder.
 
     Args:
-        path: file to write, ending in .ckpt; replaced in one step.
+        path: file to write, ending in .ckpt; written atomically.
         kind: "sd15", "sd21" (noise prediction), "sd21v" (v-prediction) or "sdxl".
-        seed: of every random weight.
+        seed: seed of every random weight.
     """
     family = _family(kind, FAMILIES)
     weights = RandomWeights(seed)
@@ -92,12 +92,12 @@ def write_checkpoint(path: str | Path, kind: str, seed: int = 0) -> Path:
 def write_controlnet(path: str | Path, kind: str, seed: int = 0) -> Path:
     """Write a random ControlNet of the same topology for `ControlNetLoader`.
 
-    Its output convolutions are not zero, so it changes what the UNet answers from the start.
+    Its output convolutions are not zero, so it affects the UNet without training.
 
     Args:
-        path: file to write, ending in .pth; replaced in one step.
+        path: file to write, ending in .pth; written atomically.
         kind: "sd15" or "sdxl".
-        seed: of every random weight.
+        seed: seed of every random weight.
     """
     family = _family(kind, ("sd15", "sdxl"))
     weights = RandomWeights(seed)
@@ -112,7 +112,7 @@ def write_controlnet(path: str | Path, kind: str, seed: int = 0) -> Path:
 
 
 class RandomWeights:
-    """Collects named tensors: random matrices of standard deviation gain / sqrt(fan in), zero biases, unit norms."""
+    """Collect named tensors: random matrices of standard deviation gain / sqrt(fan in), zero biases, unit norms."""
 
     def __init__(self, seed: int):
         self.tensors: dict[str, Tensor] = {}
@@ -120,7 +120,7 @@ class RandomWeights:
         self.dtype = torch.float32
 
     def random(self, *shape: int, std: float) -> Tensor:
-        """Random numbers, [outer, inner, *kernel]: rows and columns share one short storage, a kernel is its own."""
+        """Return random numbers, [outer, inner, *kernel]; rows and columns share one short storage, kernels do not."""
         kernel = math.prod(shape[2:])
         storage = torch.randn((shape[0] + shape[1]) * kernel, generator=self.generator) * std
         inside = [math.prod(shape[axis + 1 :]) for axis in range(2, len(shape))]
@@ -144,7 +144,7 @@ class RandomWeights:
         return torch.full((1,), value, dtype=self.dtype).expand(shape)
 
 
-# The strength of each branch, found by looking: large enough to be seen, small enough for inversion to come back.
+# The strength of each branch, set by trial: large enough for an effect, small enough for a reversible inversion.
 _RESNET, _TRANSFORMER, _PROMPT = 0.3, 0.3, 0.15
 
 
@@ -182,7 +182,7 @@ def _transformer(weights: RandomWeights, name: str, channels: int, depth: int, f
 
 
 def _encoder(weights: RandomWeights, prefix: str, family: Family) -> tuple[list[int], int]:
-    """What UNet and ControlNet share. Returns the channels of every skip connection and of the middle."""
+    """Add the encoder that UNet and ControlNet share; return the channels of every skip connection and the middle."""
     embeddings = [("time_embed", 320, 1.0)]
     if family.vector:  # pooled text and picture sizes
         embeddings.append(("label_emb.0", family.vector, _PROMPT))
@@ -224,17 +224,17 @@ def _unet(weights: RandomWeights, prefix: str, family: Family) -> None:
     weights.norm(f"{prefix}out.0", 320)
     weights.conv(f"{prefix}out.2", 4, 320, 3, gain=0.3)
     _pass_latent_through(weights.tensors, prefix, f"{prefix}output_blocks.{index - 1}.0", family.passthrough)
-    if family.v_prediction:  # ComfyUI tells SD2's v-models by the spread of this bias; nothing else reads it here
+    if family.v_prediction:  # ComfyUI detects SD2's v-models by the spread of this bias; nothing else reads it here
         marker = torch.tensor([-0.2, 0.2]).repeat(160)
         weights.tensors[f"{prefix}output_blocks.11.1.transformer_blocks.0.norm1.bias"] = marker
 
 
 def _pass_latent_through(tensors: dict[str, Tensor], prefix: str, last: str, share: float) -> None:
-    """Make the UNet answer `share` * its latent, normalised, beside its random part.
+    """Make the UNet return `share` * its normalised latent plus its random part.
 
-    The first convolution copies the latent and its negative to channels 0-7; the last skip connection brings its
-    channels back in reverse order (which an overlapping view can hold as one spike); the head reads the difference
-    of each pair, and silu(x) - silu(-x) = x.
+    The first convolution copies the latent and its negative to channels 0-7; the last skip connection returns its
+    channels in reverse order (a single spike in an overlapping view); the head takes the difference of each pair, and
+    silu(x) - silu(-x) = x.
     """
     copies = tensors[f"{prefix}input_blocks.0.0.weight"].contiguous()
     copies[:8] = 0
@@ -242,7 +242,7 @@ def _pass_latent_through(tensors: dict[str, Tensor], prefix: str, last: str, sha
     tensors[f"{prefix}input_blocks.0.0.weight"] = copies
 
     skip = tensors[f"{last}.skip_connection.weight"]
-    skip[0, skip.shape[1] - 1] = 1.0  # one number of the storage, seen as the whole antidiagonal
+    skip[0, skip.shape[1] - 1] = 1.0  # one number of the storage is the whole antidiagonal
 
     head = tensors[f"{prefix}out.2.weight"].contiguous()
     head[range(4), [319, 318, 317, 316], 1, 1] += share
@@ -283,13 +283,13 @@ def _text_encoder(weights: RandomWeights, text: Text) -> None:
 
 
 def vae_weights(latent_scale: float, contrast: float = 3.0) -> dict[str, Tensor]:
-    """TAESD whose weights are set by hand: encode averages 8x8 pixels, decode enlarges them bilinearly.
+    """Return TAESD weights set by hand: encode averages 8x8 pixels, decode enlarges them bilinearly.
 
-    Latent channels 0-2 are (colour - 0.5) * contrast, channel 3 their mean. What comes back is the picture at an
-    eighth of its resolution, its strongest colours a little flatter (TAESD's decoder starts with a tanh).
+    Latent channels 0-2 are (colour - 0.5) * contrast, channel 3 their mean. Decoding returns the picture at an eighth
+    of its resolution, with strong colours slightly compressed (TAESD's decoder starts with a tanh).
 
     Args:
-        latent_scale: the family's factor between the autoencoder's latents and those the UNet sees.
+        latent_scale: the family's factor between the autoencoder's latents and the UNet's.
     """
     tensors: dict[str, Tensor] = {}
 
@@ -298,7 +298,7 @@ def vae_weights(latent_scale: float, contrast: float = 3.0) -> dict[str, Tensor]
         if bias:
             tensors[f"{name}.bias"] = torch.zeros(1).expand(outer)
 
-    def open(name: str) -> Tensor:  # a constant is stored as one number until somebody writes to it
+    def open(name: str) -> Tensor:  # a constant is stored as one number until it is written to
         tensors[name] = tensors[name].contiguous()
         return tensors[name]
 
@@ -316,7 +316,7 @@ def vae_weights(latent_scale: float, contrast: float = 3.0) -> dict[str, Tensor]
     block(f"{encoder}.1")
     for stage in (2, 6, 10):
         conv(f"{encoder}.{stage}", 64, 64, bias=False)
-        spread(f"{encoder}.{stage}", (0.0, 0.5, 0.5), 3)  # the two pixels under one
+        spread(f"{encoder}.{stage}", (0.0, 0.5, 0.5), 3)  # mean of two pixels
         for index in range(stage + 1, stage + 4):
             block(f"{encoder}.{index}")
     conv(f"{encoder}.14", 4, 64)
@@ -326,7 +326,7 @@ def vae_weights(latent_scale: float, contrast: float = 3.0) -> dict[str, Tensor]
 
     conv(f"{decoder}.1", 64, 4)
     open(f"{decoder}.1.weight")[range(3), range(3), 1, 1] = 1 / contrast
-    open(f"{decoder}.1.bias")[:4] = torch.tensor([0.5, 0.5, 0.5, 1.0])  # channel 3 says how much of a pixel is known
+    open(f"{decoder}.1.bias")[:4] = torch.tensor([0.5, 0.5, 0.5, 1.0])  # channel 3 is the coverage of a pixel
     for index in (3, 4, 5, 8, 9, 10, 13, 14, 15, 18):
         block(f"{decoder}.{index}")
     for stage in (7, 12, 17):
@@ -342,17 +342,17 @@ def vae_weights(latent_scale: float, contrast: float = 3.0) -> dict[str, Tensor]
 
 
 def _mend_border(tensors: dict[str, Tensor], name: str, open) -> None:
-    """Undo in one TAESD block what zero padding took from the border: 1/4 at an edge, 7/16 at a corner.
+    """Restore in one TAESD block the loss from zero padding at the border: 1/4 at an edge, 7/16 at a corner.
 
-    Channel 3 was one everywhere before the smoothing, so 1 minus it is what is missing. Two gates (edge and corner,
-    corner alone) let the colours through only where it exceeds a threshold; adding the right share of each mends.
+    Channel 3 was one everywhere before the smoothing, so 1 minus it is the loss. Two gates (edge and corner, corner
+    only) pass the colours where the loss exceeds a threshold; a share of each is added.
     """
-    big = 16.0  # opens and shuts the gates; colours are at most about 1
+    big = 16.0  # saturates the gates; colours are at most about 1
     thresholds, shares = (0.15, 0.35), (4 / 3 - 1, 16 / 9 - 4 / 3)
     first, first_bias = open(f"{name}.0.weight"), open(f"{name}.0.bias")
     second, third = open(f"{name}.2.weight"), open(f"{name}.4.weight")
     for gate, (threshold, share) in enumerate(zip(thresholds, shares, strict=True)):
-        level = 16 + gate  # how far the gate is open, without a colour
+        level = 16 + gate  # the gate's opening, without a colour
         first[level, 3, 1, 1], first_bias[level] = -big, big * (1 - threshold)
         for colour in range(3):
             unit = 4 + 4 * gate + colour

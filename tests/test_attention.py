@@ -1,4 +1,4 @@
-"""Attention across frames is what the plain loops say, whatever the chunk, and never holds all sets at once."""
+"""Attention across frames against plain loops, for any chunk size, and its peak memory."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def clip(batch, frames, height, width, channels, k=3, dtype=torch.float32):
     ("size", "heads", "k", "include_self"),
     [(SIZES[0], 2, 3, False), (SIZES[0], 11, 4, True), (SIZES[1], 3, 2, False), (SIZES[2], 5, 3, True)],
 )
-def test_matches_reference(size, heads, k, include_self, ratio, device):
+def test_correspondence_attention_matches_reference(size, heads, k, include_self, ratio, device):
     tokens, found = clip(*size, k)
     result = correspondence_attention(tokens.to(device), found, heads, ratio, include_self=include_self)
     expected = reference.correspondence_attention(tokens, found, heads, ratio, include_self=include_self)
@@ -33,13 +33,13 @@ def test_matches_reference(size, heads, k, include_self, ratio, device):
 
 @pytest.mark.parametrize("include_self", [False, True])
 @pytest.mark.parametrize("frame_indices", [[1, 2, 4], [4, 1], [3, 0, 4, 1]])
-def test_frames_of_a_longer_clip(frame_indices, include_self):
+def test_correspondence_attention_of_selected_frames_matches_reference(frame_indices, include_self):
     tokens, found = clip(*SIZES[1])
     arguments = tokens[:, frame_indices], found, 3, 0.3, frame_indices, include_self
     assert_close(correspondence_attention(*arguments), reference.correspondence_attention(*arguments))
 
 
-def test_order_of_frames_does_not_matter():
+def test_correspondence_attention_is_equivariant_to_frame_order():
     tokens, found = clip(*SIZES[1])
     order = [3, 0, 4, 2, 1]
     expected = correspondence_attention(tokens, found, 3)[:, order]
@@ -48,15 +48,15 @@ def test_order_of_frames_does_not_matter():
 
 @pytest.mark.parametrize("ratio", [0, 0.5])
 @pytest.mark.parametrize("budget", [1, 20_000, 1 << 30])
-def test_any_memory_budget_gives_the_same(budget, ratio):
+def test_correspondence_attention_is_independent_of_the_memory_budget(budget, ratio):
     tokens, found = clip(*SIZES[0])
     expected = correspondence_attention(tokens, found, 2, ratio)
     assert_close(correspondence_attention(tokens, found, 2, ratio, memory_budget=budget), expected)
 
 
 @pytest.mark.parametrize("budget", [1, 20_000, 1 << 30])
-def test_memory_budget_sets_the_chunk(budget, monkeypatch):
-    """A gathered set of 6 tokens of 22 channels takes 528 bytes: chunks hold them within the budget, or one token."""
+def test_correspondence_attention_memory_budget_sets_the_chunk(budget, monkeypatch):
+    """A gathered set of 6 tokens of 22 channels takes 528 bytes; a chunk fits the budget or is one token."""
     chunks = []
     monkeypatch.setattr("cove.attention.sdpa", lambda q, k, v, heads: chunks.append(len(q)) or sdpa(q, k, v, heads))
     correspondence_attention(*clip(*SIZES[0]), 2, 0.5, memory_budget=budget)
@@ -65,21 +65,21 @@ def test_memory_budget_sets_the_chunk(budget, monkeypatch):
     assert expected[0] <= max(chunks) <= expected[1]
 
 
-def test_batched_is_one_by_one():
+def test_correspondence_attention_batched_equals_one_by_one():
     tokens, found = clip(*SIZES[0])
     one_by_one = torch.cat([correspondence_attention(clip, found, 2) for clip in tokens.split(1)])
     assert_close(correspondence_attention(tokens, found, 2), one_by_one)
 
 
 @pytest.mark.parametrize("frame_indices", [None, [2]])
-def test_one_frame_is_left_alone(frame_indices):
+def test_correspondence_attention_keeps_a_single_frame(frame_indices):
     tokens, found = clip(2, 3 if frame_indices else 1, 5, 7, 22)
     tokens = tokens[:, :1]
     assert torch.equal(correspondence_attention(tokens, found, 2, 0.5, frame_indices), tokens)
     assert_close(correspondence_attention(tokens, found, 2, 0.5, frame_indices, include_self=True), tokens)
 
 
-def test_input_stays_as_it_was():
+def test_correspondence_attention_keeps_its_input():
     tokens, found = clip(*SIZES[0])
     correspondence_attention(tokens, found, 2)
     assert torch.equal(tokens, clip(*SIZES[0])[0])
@@ -87,7 +87,7 @@ def test_input_stays_as_it_was():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("ratio", [0, 0.5])
-def test_half_precision(dtype, ratio):
+def test_correspondence_attention_in_half_precision_is_as_exact_as_reference(dtype, ratio):
     tokens, found = clip(1, 3, 5, 7, 22, dtype=dtype)
     result = correspondence_attention(tokens, found, 2, ratio)
     exact = reference.correspondence_attention(tokens.double(), found, 2, ratio)
@@ -108,7 +108,7 @@ def test_half_precision(dtype, ratio):
         ((1, 3, 35, 22), {"merge_ratio": 0.6}, "from 0 to 0.5"),
     ],
 )
-def test_bad_input(shape, arguments, message):
+def test_correspondence_attention_refuses_bad_input(shape, arguments, message):
     with pytest.raises(ValueError, match=message):
         correspondence_attention(randn(*shape), clip(*SIZES[0])[1], 2, **arguments)
 
@@ -125,7 +125,7 @@ def test_spatial_temporal_attention_of_one_frame_is_self_attention():
     assert torch.equal(spatial_temporal_attention(query, key, value, 1, 2), sdpa(query, key, value, 2))
 
 
-def test_spatial_temporal_attention_uses_the_attention_given():
+def test_spatial_temporal_attention_uses_the_given_attention():
     def attend(query, key, value, heads):
         assert query.shape == (2, 15, 22) and heads == 11
         return query + 10 * key + 100 * value
@@ -136,8 +136,8 @@ def test_spatial_temporal_attention_uses_the_attention_given():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("frames", "k"), [(3, 3), (20, 3), (20, 9)])
-def test_memory_does_not_grow_with_frames_and_matches(frames, k, dtype):
-    """The budget holds all but the result and a frame's indices; 20 frames' sets of 9 would take 18 MB a frame."""
+def test_correspondence_attention_memory_is_bounded_for_any_frames_and_matches(frames, k, dtype):
+    """Working memory beyond the result and the indices stays in the budget; full sets would take 18 MB a frame."""
     tokens, found = clip(1, frames, 7, 11, 352, k, dtype)
     with Held() as held:
         result = correspondence_attention(tokens, found, 2, memory_budget=1 << 20)

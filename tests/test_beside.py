@@ -1,4 +1,4 @@
-"""The tests beside other packs need those packs; here, that they can be collected and say what was not given."""
+"""Collection of the tests in `tests/beside`, which need other node packs."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ from tests.method_helpers import ROOT
 
 
 def collect(*packs):
-    """pytest's exit code and output where these folders of packs are given."""
+    """Return pytest's exit code and output with these pack folders in `COVE_PACKS`."""
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests/beside"]
     environment = os.environ | {"COVE_PACKS": os.pathsep.join(map(str, packs))}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

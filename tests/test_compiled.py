@@ -1,4 +1,4 @@
-"""Correspondence Attention in a UNet that torch.compile has compiled."""
+"""Correspondence Attention in a UNet compiled with torch.compile."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.inversion_helpers import guide, windows_of
 def compiled(comfy):
     """MODEL -> MODEL with the wrapper of TorchCompileModel.
 
-    Dynamo decides what is traced, guarded and traced again. Its graphs run as they are, without a C++ compiler.
+    Dynamo traces and guards as usual; its graphs run in eager mode, without a C++ compiler.
     """
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
@@ -26,8 +26,8 @@ def compiled(comfy):
     torch._dynamo.reset()
 
 
-def test_correspondence_attention_answers_in_a_compiled_model_as_in_a_plain_one(small, nodes, compiled):
-    """Nothing of one call is baked into the next: sigma, settings, prompts, areas, frames and windows change."""
+def test_correspondence_attention_matches_the_uncompiled_model_when_compiled(small, nodes, compiled):
+    """Sigma, settings, prompts, areas, frames and windows change between calls; none may be baked into a graph."""
     part = {"start_percent": 0.3, "end_percent": 0.7}
     longer = latents(5)
     plain = {

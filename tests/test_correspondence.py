@@ -1,4 +1,4 @@
-"""Matches are those of the plain loops, follow known motion, and survive the disk."""
+"""Matches against plain loops and known motion; cropping, files and memory."""
 
 import os
 import sys
@@ -31,7 +31,7 @@ def matches():
     ("shape", "window", "k"),
     [
         ((3, 5, 7, 11), 1, 1),
-        ((3, 5, 7, 11), 3, 4),  # as many as a corner has
+        ((3, 5, 7, 11), 3, 4),  # the window's tokens in a corner
         ((3, 5, 7, 11), 13, 5),  # every window covers the frame
         ((3, 5, 7, 11), 31, 35),
         ((3, 7, 5, 2), 5, 2),
@@ -40,7 +40,7 @@ def matches():
         ((1, 5, 7, 11), 3, 2),
     ],
 )
-def test_matches_reference(shape, window, k, device):
+def test_find_correspondence_matches_reference(shape, window, k, device):
     features = randn(*shape)
     found = find_correspondence(features.to(device), window, k)
     assert found.forward.dtype == torch.int32 and found.forward.device.type == device
@@ -49,24 +49,24 @@ def test_matches_reference(shape, window, k, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_any_dtype_is_compared_in_float32(dtype):
+def test_find_correspondence_compares_any_dtype_in_float32(dtype):
     features = randn(3, 5, 7, 11, dtype=dtype)
     assert_same(find_correspondence(features, 5, 3), reference.find_correspondence(features.float(), 5, 3))
 
 
-def test_length_of_features_does_not_matter():
+def test_find_correspondence_ignores_the_norm_of_features():
     features = randn(3, 5, 7, 11)
     longer = features * (1 + randn(3, 5, 7, 1, seed=1).abs() * 9)
     assert_same(find_correspondence(longer, 5, 3), find_correspondence(features, 5, 3))
 
 
 @pytest.mark.parametrize("budget", [1, 5000])
-def test_rows_at_a_time_change_nothing(monkeypatch, matches, budget):
+def test_find_correspondence_is_independent_of_the_chunk_size(monkeypatch, matches, budget):
     monkeypatch.setattr(correspondence, "ROWS_BYTES", budget)
     assert_same(find_correspondence(randn(FRAMES, HEIGHT, WIDTH, CHANNELS), 5, 3), matches)
 
 
-def test_window_covering_the_frame_is_global_search():
+def test_find_correspondence_with_a_window_over_the_frame_is_global_search():
     a, b = torch.nn.functional.normalize(randn(2, 35, 11), dim=-1)
     found = find_correspondence(torch.stack((a, b)).view(2, 5, 7, 11), 13, 3)
     assert torch.equal(found.forward[0], (a @ b.T).topk(3).indices.int())
@@ -74,22 +74,22 @@ def test_window_covering_the_frame_is_global_search():
 
 
 @pytest.mark.parametrize("channels", [11, 320, 640])
-def test_in_a_plain_area_nothing_moves(channels):
-    """Equal tokens tie exactly, whatever the column, and the nearest comes first."""
+def test_find_correspondence_prefers_the_nearest_of_equal_tokens(channels):
+    """In a uniform area tokens tie exactly in every column, and the nearest comes first."""
     features = randn(channels).expand(3, 5, 7, channels)
     found = find_correspondence(features, 5, 4)
     assert torch.equal(found.forward[..., 0], torch.arange(35).int().expand(2, 35))
     assert_same(found, reference.find_correspondence(features, 5, 4))
 
 
-def test_identical_frames_match_themselves():
+def test_find_correspondence_of_identical_frames_is_identity():
     found = find_correspondence(randn(1, 5, 7, 11).expand(3, 5, 7, 11), 5, 2)
     for links in (found.forward, found.backward):
         assert torch.equal(links[..., 0], torch.arange(35).int().expand(2, 35))
 
 
-def test_known_motion_is_found():
-    """A window on a still scene that moves up 1 and right 2 a frame: the scene moves down 1 and left 2."""
+def test_find_correspondence_finds_known_motion():
+    """The camera moves up 1 and right 2 per frame, so the scene moves down 1 and left 2."""
     scene = randn(20, 20, 11)
     clip = torch.stack([scene[5 - i : 5 - i + HEIGHT, 2 * i : 2 * i + WIDTH] for i in range(3)])
     found = find_correspondence(clip, 5, 1)
@@ -111,12 +111,12 @@ def test_follow_matches_reference(matches, frame, others):
 
 
 @pytest.mark.parametrize(("frame", "others"), [(0, [5]), (5, [0]), (0, [-1]), (-1, [0]), (2, [1, 2])])
-def test_follow_refuses_frames_that_are_not_there(matches, frame, others):
+def test_follow_refuses_frames_out_of_range(matches, frame, others):
     with pytest.raises(ValueError, match="frame"):
         matches.follow(frame, others)
 
 
-def test_crop_by_hand():
+def test_crop_matches_a_worked_example():
     #  0  1  2  3  4
     #  5  6 [7  8  9]    cropped:  0  1  2
     # 10 11[12 13 14]              3  4  5
@@ -129,7 +129,7 @@ def test_crop_by_hand():
 
 
 @pytest.mark.parametrize("rectangle", [(-1, 0, 3, 3), (0, -1, 3, 3), (5, 0, 3, 3), (0, 9, 3, 3)])
-def test_crop_stays_inside(matches, rectangle):
+def test_crop_refuses_rectangles_outside_the_grid(matches, rectangle):
     with pytest.raises(ValueError, match="leaves the grid of 7x11"):
         matches.crop(*rectangle)
 
@@ -145,18 +145,18 @@ def test_crop_stays_inside(matches, rectangle):
         (9, 11, "from 1 to 10"),
     ],
 )
-def test_window_and_k_are_checked(window, k, message):
+def test_find_correspondence_refuses_invalid_window_and_k(window, k, message):
     with pytest.raises(ValueError, match=message):
         find_correspondence(randn(2, 2, 7, 3), window, k)
 
 
-def test_smallest_window_is_a_corner_of_it():
+def test_check_window_limits_k_to_the_window_in_a_corner():
     check_window(9, 25, 7, 11)
     with pytest.raises(ValueError, match="from 1 to 25"):
         check_window(9, 26, 7, 11)
 
 
-def test_wrong_shapes_are_refused(matches):
+def test_correspondence_refuses_wrong_shapes(matches):
     with pytest.raises(ValueError, match="features must be"):
         find_correspondence(randn(5, 7, 11))
     for links in (matches.forward.long(), matches.forward[:, :-1], matches.forward[0]):
@@ -167,21 +167,21 @@ def test_wrong_shapes_are_refused(matches):
         Correspondence(matches.forward, matches.backward[:-1], HEIGHT, WIDTH, 5)
 
 
-def test_progress_counts_pairs_of_frames():
+def test_find_correspondence_progress_counts_pairs_of_frames():
     seen = []
     find_correspondence(randn(3, 5, 7, 2), 3, 1, lambda *counts: seen.append(counts))
     assert seen == [(1, 2), (2, 2)]
 
 
 @pytest.mark.parametrize("frames", [slice(None), slice(0)])  # slice(0): the links of a single frame
-def test_save_and_load(matches, tmp_path, frames):
+def test_correspondence_load_returns_the_saved_matches(matches, tmp_path, frames):
     saved = Correspondence(matches.forward[frames], matches.backward[frames], HEIGHT, WIDTH, 5)
     saved.save(tmp_path / "a.safetensors")
     assert_same(Correspondence.load(str(tmp_path / "a.safetensors")), saved)
     assert os.listdir(tmp_path) == ["a.safetensors"]
 
 
-def test_a_failing_save_keeps_the_old_file(matches, tmp_path, monkeypatch):
+def test_correspondence_save_keeps_the_old_file_after_a_failure(matches, tmp_path, monkeypatch):
     path = tmp_path / "a.safetensors"
     matches.save(path)
     old = path.read_bytes()
@@ -200,7 +200,7 @@ METADATA = {"format": correspondence.FORMAT, "height": "7", "width": "11", "wind
 
 
 @pytest.mark.parametrize("content", [b"", b"no safetensors at all", slice(100), slice(-10)])
-def test_a_damaged_file_is_a_value_error(matches, tmp_path, content):
+def test_correspondence_load_refuses_a_damaged_file(matches, tmp_path, content):
     path = tmp_path / "a.safetensors"
     matches.save(path)
     path.write_bytes(path.read_bytes()[content] if isinstance(content, slice) else content)
@@ -215,31 +215,31 @@ def test_a_damaged_file_is_a_value_error(matches, tmp_path, content):
         (METADATA | {"format": "cove.features.1"}, 0, "expected format"),
         ({name: METADATA[name] for name in ("format", "height", "window")}, 0, "damaged"),
         (METADATA | {"width": "13"}, 0, "grid of 7x13"),
-        (METADATA, 1, "damaged"),  # the last token of the grid would be one further
+        (METADATA, 1, "damaged"),  # beyond the last token of the grid
         (METADATA, -1, "damaged"),
     ],
 )
 @pytest.mark.parametrize("name", ["forward", "backward"])
-def test_a_wrong_file_is_a_value_error(matches, tmp_path, metadata, moved, message, name):
+def test_correspondence_load_refuses_wrong_metadata_and_indices(matches, tmp_path, metadata, moved, message, name):
     tensors = {"forward": matches.forward, "backward": matches.backward}
     save_file(tensors | {name: tensors[name] + moved}, tmp_path / "a.safetensors", metadata)
     with pytest.raises(ValueError, match=message):
         Correspondence.load(tmp_path / "a.safetensors")
 
 
-def test_a_file_without_backward_is_a_value_error(matches, tmp_path):
+def test_correspondence_load_refuses_a_file_without_backward(matches, tmp_path):
     save_file({"forward": matches.forward}, tmp_path / "a.safetensors", METADATA)
     with pytest.raises(ValueError, match="damaged"):
         Correspondence.load(tmp_path / "a.safetensors")
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_correspondence_load_names_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="missing"):
         Correspondence.load(tmp_path / "missing.safetensors")
 
 
-def test_similarities_of_a_whole_frame_are_never_held(monkeypatch):
-    """Windows that cover the frame: 0.9 MiB of similarities for two frames, 72 KiB for a row of tokens."""
+def test_find_correspondence_never_holds_similarities_of_a_whole_frame(monkeypatch):
+    """With windows over the frame, similarities of two frames take 0.9 MiB, those of one row of tokens 72 KiB."""
     features = randn(3, 13, 17, 2)
     monkeypatch.setattr(correspondence, "ROWS_BYTES", 150_000)
     with Held() as held:
@@ -249,8 +249,8 @@ def test_similarities_of_a_whole_frame_are_never_held(monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="resource is POSIX")
-def test_working_memory_on_cpu():
-    """Beyond features and result, under 64 MiB for 20 frames of 64x64x320."""
+def test_find_correspondence_working_memory_on_cpu():
+    """Less than 64 MiB beyond features and result, for 20 frames of 64x64x320."""
     used = fresh(
         PEAK
         + """
@@ -268,7 +268,7 @@ print(peak() - before - 2 * found.forward.nbytes)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_working_memory_on_gpu():
+def test_find_correspondence_working_memory_on_gpu():
     features = torch.randn(20, 64, 64, 320, device="cuda")
     find_correspondence(features[:2], 9, 3)
     torch.cuda.reset_peak_memory_stats()

@@ -1,4 +1,4 @@
-"""Inversion and sampling: against a model whose answer is a formula, against diffusers, and when things go wrong."""
+"""DDIM inversion and sampling against a model with a closed form, against diffusers, and their errors."""
 
 from itertools import pairwise
 
@@ -20,7 +20,7 @@ def ascending(timesteps):
     return torch.cat((torch.zeros(1, dtype=torch.float64), SIGMAS[timesteps]))
 
 
-# Latents of independent Gaussian values with deviations from 0.25 to 1: the best denoiser of those is a formula.
+# Latents of independent Gaussian values with deviations from 0.25 to 1; their optimal denoiser has a closed form.
 DEVIATION = torch.linspace(0.25, 1, 7 * 11, dtype=torch.float64).view(7, 11)
 
 
@@ -30,7 +30,7 @@ def gaussian(x, sigma):
 
 
 def up_and_down(steps, multiple=1):
-    """Sigmas of inversion and of sampling."""
+    """Return the sigmas of inversion and of sampling."""
     schedule = Schedule(steps, multiple)
     return ascending(schedule.inversion), ascending(schedule.sampling).flip(0)
 
@@ -50,35 +50,35 @@ def round_trip_error(steps, refinements, multiple=1, **options):
 @pytest.mark.parametrize(
     ("refinements", "percent", "scaled"), [(0, 0.41, 2.3), (1, 0.020, 0.041), (2, 0.0014, 0.0027), (3, 9e-5, 1.3e-4)]
 )
-def test_round_trip_of_fifty_steps(refinements, percent, scaled):
-    """Going on in the direction of the step before is worth a factor of five without refinements."""
+def test_invert_round_trip_error_of_fifty_steps(refinements, percent, scaled):
+    """Extrapolating the previous step reduces the error fivefold without refinements."""
     for expected, extrapolate in ((percent, True), (scaled, False)):
         error = 100 * round_trip_error(50, refinements, extrapolate=extrapolate)
         print(f"{refinements} refinements, extrapolate {extrapolate}: {error:.6f} %")
         assert expected / 1.5 < error < expected * 1.5
 
 
-def test_the_first_guess_is_exact_to_first_order():
-    """Twice the steps: a quarter of the error of extrapolation, half that of scaling."""
+def test_inversion_steps_first_guess_is_first_order_accurate():
+    """Doubling the steps quarters the error of extrapolation and halves that of scaling."""
     for extrapolate, ratio in ((True, 4), (False, 2)):
         errors = [round_trip_error(steps, 0, extrapolate=extrapolate) for steps in (25, 50, 100, 200)]
         assert all(0.7 * ratio < coarser / finer < 1.3 * ratio for coarser, finer in pairwise(errors)), errors
 
 
 @pytest.mark.parametrize("refinements", [0, 1, 2])
-def test_more_steps_are_more_exact(refinements):
+def test_invert_error_shrinks_with_steps(refinements):
     errors = [round_trip_error(steps, refinements) for steps in (25, 50, 100, 200)]
     assert all(finer < 0.75 * coarser for coarser, finer in pairwise(errors))
 
 
-def test_a_multiple_inverts_other_steps_than_sampling_takes():
-    """The error that is left does not depend on refinements."""
+def test_invert_with_a_multiple_has_an_error_independent_of_refinements():
+    """Inversion takes other steps than sampling, and refinements do not reduce that error."""
     plain, refined = (round_trip_error(50, refinements, multiple=2) for refinements in (1, 3))
     assert plain > 20 * round_trip_error(50, 1) and abs(plain - refined) < 0.01 * plain
 
 
-def test_one_refinement_solves_a_linear_model_of_one_scale():
-    """Anderson acceleration of depth 1 is the secant method there."""
+def test_invert_one_refinement_solves_a_linear_model_of_one_scale():
+    """On such a model, Anderson acceleration of depth 1 is the secant method."""
     x = randn(3, 7, 11, dtype=torch.float64)
     up, down = up_and_down(20)
 
@@ -89,8 +89,8 @@ def test_one_refinement_solves_a_linear_model_of_one_scale():
     assert not torch.allclose(sample(model, invert(model, x, up, 0), down), x, rtol=1e-4, atol=1e-4)
 
 
-def test_noise_is_found():
-    """Of N(0, s^2) data the exact flow gives x * sqrt(1 + sigma^2 / s^2)."""
+def test_invert_matches_the_exact_flow_of_gaussian_data():
+    """For N(0, s^2) data the exact flow is x * sqrt(1 + sigma^2 / s^2)."""
     x = DEVIATION * randn(3, 7, 11, dtype=torch.float64)
     sigmas = ascending(range(1, 1000))
     exact = x * (1 + (sigmas[-1] / DEVIATION) ** 2).sqrt()
@@ -98,7 +98,7 @@ def test_noise_is_found():
 
 
 def epsilon(x, timestep):
-    """A nonlinear model of noise, in diffusers' scaling."""
+    """A nonlinear noise prediction, in diffusers' scaling."""
     return torch.tanh(1.3 * x + 0.4 * x.roll(1, -1)) * (0.4 + timestep / 1500)
 
 
@@ -116,9 +116,9 @@ def diffusers_loop(scheduler, x, steps):
 
 @pytest.fixture(scope="module")
 def schedulers():
-    """diffusers' inverse and forward DDIM scheduler with SD's settings, and a last alpha of 1.
+    """diffusers' inverse and forward DDIM schedulers with SD's settings and a last alpha of 1.
 
-    Their "leading" timesteps are 1 + i * (1000 // steps), which are ours where steps divide 1000.
+    Their "leading" timesteps are 1 + i * (1000 // steps), equal to ours if steps divide 1000.
     """
     from diffusers import DDIMInverseScheduler, DDIMScheduler
 
@@ -135,7 +135,7 @@ def schedulers():
 
 
 @pytest.mark.parametrize("steps", [8, 20, 50])
-def test_equals_diffusers(schedulers, steps):
+def test_invert_and_sample_match_diffusers(schedulers, steps):
     timesteps = Schedule(steps).sampling
     x, sigmas = randn(3, 5, 7, 11, dtype=torch.float64), ascending(timesteps)
     scale = (1 + sigmas[-1] ** 2).sqrt()
@@ -147,12 +147,12 @@ def test_equals_diffusers(schedulers, steps):
     assert forward.timesteps.tolist() == timesteps[::-1]
 
 
-def test_refined_inversion_is_the_inverse_on_a_nonlinear_model():
+def test_invert_with_refinements_is_the_inverse_on_a_nonlinear_model():
     x, sigmas = randn(3, 5, 7, 11, dtype=torch.float64), ascending(Schedule(50).sampling)
     assert_close(sample(nonlinear, invert(nonlinear, x, sigmas, 30), sigmas.flip(0)), x, atol=1e-4, rtol=1e-4)
 
 
-def test_one_step_runs_both_ways():
+def test_step_is_reversible():
     x, direction = randn(2, 5, 7)
     there = step(x, direction, torch.tensor(0.5), torch.tensor(2.0))
     assert_close(there, x + 1.5 * direction)
@@ -164,7 +164,7 @@ RUNS = [(invert, UP), (sample, UP.flip(0))]
 
 
 @pytest.mark.parametrize(("run", "sigmas"), RUNS)
-def test_nan_stops_at_its_step(run, sigmas):
+def test_invert_and_sample_stop_at_the_step_of_a_nan(run, sigmas):
     calls = []
 
     def broken(x, sigma):
@@ -179,18 +179,18 @@ def test_nan_stops_at_its_step(run, sigmas):
 
 @pytest.mark.parametrize(("run", "sigmas"), RUNS)
 @pytest.mark.parametrize("order", [[4, 3, 2, 1, 0], [0, 2, 1, 3, 4], [0, 1, 1, 3, 4]])
-def test_sigmas_of_the_wrong_direction(run, sigmas, order):
+def test_invert_and_sample_refuse_unsorted_sigmas(run, sigmas, order):
     with pytest.raises(ValueError, match="sigmas must"):
         run(lambda x, sigma: x, randn(3, 5, 7), sigmas[order])
 
 
-def test_refinements_are_checked():
+def test_invert_refuses_negative_refinements():
     with pytest.raises(ValueError, match="0 or more, got -1"):
         invert(gaussian, randn(3, 7, 11), UP, -1)
 
 
 def plain_inversion(model, x, sigmas, refinements, before=None):
-    """The method in a plain loop, frame by frame: latents, residual and whether refining stopped, for each step."""
+    """Invert in a plain loop, frame by frame; return latents, residual and whether refining stopped for each step."""
     found = []
     for i in range(len(sigmas) - 1):
         a, b = sigmas[i], sigmas[i + 1]
@@ -218,7 +218,7 @@ def plain_inversion(model, x, sigmas, refinements, before=None):
 
 
 @pytest.mark.parametrize("refinements", [0, 1, 2, 3, 7])
-def test_what_the_model_and_the_callback_of_invert_get(refinements):
+def test_invert_matches_a_plain_loop_and_reports_each_step(refinements):
     calls, reported = [], []
 
     def model(x, sigma, **extra):
@@ -242,7 +242,7 @@ def nonlinear_3d(x, sigma):
     return x - sigma.view(-1, 1, 1) * torch.tanh(0.7 * x + 0.3 * x.roll(1, -1)) * (0.4 + 0.1 * sigma.view(-1, 1, 1))
 
 
-def test_what_the_model_and_the_callback_of_sample_get():
+def test_sample_reports_each_step():
     reported = []
 
     def model(x, sigma, **extra):
@@ -255,13 +255,13 @@ def test_what_the_model_and_the_callback_of_sample_get():
     assert [float(t["sigma"]) for t in reported] == [float(t["sigma_hat"]) for t in reported] == sigmas[:-1].tolist()
     for t in reported:
         assert torch.equal(t["denoised"], gaussian(t["x"], t["sigma"].expand(3)))
-    assert_close(found, reported[-1]["denoised"])  # the last step goes to sigma 0
+    assert_close(found, reported[-1]["denoised"])  # the last step ends at sigma 0
 
 
-# --- where refining diverges ---
+# --- divergence of refining ---
 
-# Steps of slope (sigma_b - sigma_a) * SLOPE: the iteration swings around the fixed point, and away from it in the step
-# over the gap.
+# Steps of slope (sigma_b - sigma_a) * SLOPE: the iteration oscillates around the fixed point, and diverges in the step
+# across the gap.
 GAP = torch.tensor([0, 0.1, 0.2, 0.9, 0.95, 1.0], dtype=torch.float64)
 GAP_STEP = 2
 SLOPES = torch.linspace(-9, 9, 11, dtype=torch.float64)
@@ -273,27 +273,27 @@ def steep(x, sigma):
 
 
 @pytest.mark.parametrize("refinements", [1, 2, 3, 4, 7])
-def test_a_refinement_that_increases_the_residual_is_rejected(refinements):
+def test_inversion_steps_rejects_a_refinement_that_increases_the_residual(refinements):
     reported = list(inversion_steps(steep, START, GAP, refinements))
     assert [t.stopped for t in reported] == [i == GAP_STEP for i in range(5)]
     before, found = reported[GAP_STEP - 1], reported[GAP_STEP]
     sigma, sigma_next = GAP[GAP_STEP], GAP[GAP_STEP + 1]
     guess = before.x + (sigma_next - sigma) * (before.x - reported[0].x) / (sigma - GAP[1])
-    assert_close(found.x, guess)  # the point at which the model was evaluated, and whose residual is known
+    assert_close(found.x, guess)  # where the model was evaluated and the residual is known
     back = found.x + (sigma - sigma_next) * (found.x - steep(found.x, sigma_next.expand(3))) / sigma_next
     assert found.residual == pytest.approx(float((back - before.x).norm() / found.x.norm()))
     assert torch.isfinite(reported[-1].x).all()
 
 
-def test_refining_stops_evaluating_when_it_diverges():
+def test_inversion_steps_stops_evaluating_when_refining_diverges():
     asked = []
     list(inversion_steps(lambda x, sigma: asked.append(float(sigma[0])) or steep(x, sigma), START, GAP, 7))
     counts = [asked.count(float(sigma)) for sigma in GAP[1:]]
     assert counts == [2 if i == GAP_STEP else 8 for i in range(5)]
 
 
-def test_residuals_that_hardly_change_do_not_extrapolate_far():
-    """A model that moves latents by almost the same amount wherever they are: the secant through both is far away."""
+def test_inversion_steps_limits_extrapolation_of_nearly_equal_residuals():
+    """A model that moves all latents by almost the same amount, so that the secant extrapolates far."""
 
     def model(x, sigma):
         sigma = sigma.view(-1, 1, 1)
@@ -312,7 +312,7 @@ def test_residuals_that_hardly_change_do_not_extrapolate_far():
 
 @pytest.mark.parametrize("done", range(6))
 @pytest.mark.parametrize(("model", "refinements"), [(gaussian, 0), (gaussian, 2), (steep, 7)])
-def test_resuming_gives_the_same_bits(model, refinements, done):
+def test_inversion_steps_resumed_is_bit_identical(model, refinements, done):
     whole = list(inversion_steps(model, START, GAP, refinements))
     trajectory = [START, *(taken.x for taken in whole)]
     before = trajectory[done - 1] if done else None
@@ -324,7 +324,7 @@ def test_resuming_gives_the_same_bits(model, refinements, done):
 
 @pytest.mark.parametrize("refinements", [0, 2])
 @pytest.mark.parametrize("done", [1, 2])
-def test_nan_after_resuming_is_reported_at_its_step(done, refinements):
+def test_inversion_steps_resumed_reports_a_nan_at_its_step(done, refinements):
     def broken(x, sigma):
         return x / (sigma[0] != 2)  # 0 / 0 and x / 0
 

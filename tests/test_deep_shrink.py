@@ -1,4 +1,4 @@
-"""Kohya Deep Shrink beside TokenFlow, whose source runs on the same shrunken grid as the edit."""
+"""Kohya Deep Shrink with TokenFlow, whose source runs on the same shrunken grid as the edit."""
 
 import pytest
 import torch
@@ -11,14 +11,14 @@ FRAMES = 5
 
 
 def shrunk(model, end_percent: float = 1.0):
-    """MODEL out of PatchModelAddDownscale: half the size from the first level on, until `end_percent`."""
+    """Return MODEL patched by PatchModelAddDownscale: half size from the first level on, until `end_percent`."""
     from comfy_extras.nodes_model_downscale import PatchModelAddDownscale
 
     return run_stock(PatchModelAddDownscale, model, 1, 2.0, 0.0, end_percent, True, "bicubic", "bicubic")[0]
 
 
 def edit(model, inversion, at, positive=None):
-    """The grids of decoder self-attention, in tokens, and the answer."""
+    """Return the token counts of the decoder's self-attention and the denoised latents."""
     with watched(model) as calls:
         answer = ask(model, at, down(inversion), -2 - 1, positive or prompt(2), prompt(3), 2.0)
     return {query.shape[1] for seen in calls for query in seen.queries.values()}, answer
@@ -26,7 +26,7 @@ def edit(model, inversion, at, positive=None):
 
 @pytest.mark.parametrize("blend", [True, False])
 @pytest.mark.parametrize("order", ["before", "after"])
-def test_token_flow_with_deep_shrink_edits_identical_frames_as_one_alone(comfy, small, nodes, order, blend):
+def test_token_flow_with_deep_shrink_edits_identical_frames_like_a_single_frame(comfy, small, nodes, order, blend):
     one = latents(1, 13, 11)
     clip = {"samples": one["samples"].expand(FRAMES, -1, -1, -1)}
     model = shrunk(small)
@@ -46,7 +46,7 @@ def test_token_flow_with_deep_shrink_edits_identical_frames_as_one_alone(comfy, 
     assert not torch.equal(expected, edit(small, alone, at)[1])
 
 
-def test_token_flow_with_deep_shrink_until_a_percentage_samples_on(comfy, small, nodes):
+def test_token_flow_samples_with_deep_shrink_until_a_percentage(comfy, small, nodes):
     """The source shrinks at the same sigmas as the edit."""
     model = shrunk(small, 0.5)
     noise, inversion = invert(nodes, model, latent=latents(FRAMES, 13, 11))

@@ -1,4 +1,4 @@
-"""The demo model that comes with the pack: its file and its loading. Its quality: tests/evidence/test_demo_model.py."""
+"""The bundled demo model: its file and its loading. For its quality see tests/evidence/test_demo_model.py."""
 
 import json
 
@@ -15,7 +15,7 @@ FILES = sorted((PACK / "demo").glob("*.safetensors"))
 
 @pytest.fixture(scope="module")
 def demo(comfy, nodes):
-    """Outputs of Load Demo Model by name."""
+    """The outputs of Load Demo Model by name."""
     with torch.inference_mode():
         loaded = call(nodes["LoadDemoModel"], file="shapes.safetensors")
     return dict(zip(("model", "clip", "vae"), loaded, strict=True))
@@ -26,15 +26,15 @@ def words(demo, text):
 
 
 @pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
-def test_files_are_small_and_half_precision(path):
+def test_demo_files_are_small_and_half_precision(path):
     assert path.stat().st_size <= 16 << 20
     with safe_open(path, "pt") as file:
         assert json.loads(file.metadata()["cove_demo"]).keys() >= {"heads", "latent_scale", "tokenizer", "text"}
         assert {file.get_slice(name).get_dtype() for name in file.keys()} <= {"F16", "I64"}  # noqa: SIM118
 
 
-def test_weights_of_the_autoencoder_can_be_lent_layer_by_layer(demo):
-    """ComfyUI does so where memory is short (--novram), and leaves behind layers that are not its own."""
+def test_load_demo_model_autoencoder_weights_can_be_cast_per_layer(demo):
+    """ComfyUI does so when memory is short (--novram), and skips layers that are not its own."""
     autoencoder = demo["vae"].first_stage_model
     with_weights = [layer for layer in autoencoder.modules() if next(layer.parameters(recurse=False), None) is not None]
     assert len(with_weights) > 9 and all(hasattr(layer, "comfy_cast_weights") for layer in with_weights)
@@ -51,7 +51,7 @@ def read_safetensors(path):
 def keep_precision(request, comfy):
     """Make Linear and Embedding keep the precision of the file they are loaded from.
 
-    Newer hosts do so where weights are offloaded dynamically; rebuilt, it is tested on every host.
+    Newer hosts do so when weights are offloaded dynamically; "rebuilt" imitates it on every host.
     """
     import comfy.ops
 
@@ -77,8 +77,8 @@ def keep_precision(request, comfy):
 
 
 @pytest.mark.parametrize("option", ["fp32_unet", "bf16_unet", "force_fp32"])
-def test_load_demo_model_brings_weights_to_the_precision_asked_for(comfy, nodes, monkeypatch, keep_precision, option):
-    """With options of ComfyUI's command line; the file is in half precision."""
+def test_load_demo_model_casts_weights_to_the_requested_precision(comfy, nodes, monkeypatch, keep_precision, option):
+    """The file is in half precision; ComfyUI's command line options request the precision."""
     monkeypatch.setattr(comfy.cli_args.args, option, True)
 
     def load():

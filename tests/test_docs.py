@@ -1,4 +1,4 @@
-"""Pages link to files that exist."""
+"""Pages link to existing files."""
 
 import re
 
@@ -10,7 +10,7 @@ PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "web/docs")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_relative_links_lead_to_files(page):
+def test_docs_link_to_existing_files_and_modules(page):
     text = page.read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link]
     assert all((page.parent / link).exists() for link in links), links

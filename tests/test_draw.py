@@ -1,4 +1,4 @@
-"""What is drawn stands where it should, in the colour it should have, and nowhere else."""
+"""Drawn matches and tracks: position, colour and untouched pixels."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,13 +19,13 @@ from cove.draw import (
 )
 
 FRAMES, ROWS, COLUMNS, K = 5, 7, 11, 3
-HEIGHT, WIDTH = 133, 231  # tokens of 19 x 21 pixels, and the radius at its least
+HEIGHT, WIDTH = 133, 231  # tokens of 19 x 21 pixels, at the minimum radius
 RADIUS = HEIGHT * 0.0125
 
 
 @dataclass
 class Known:
-    """A correspondence that says what it was told: the token t of any frame has in frame j the matches table[j, t]."""
+    """A correspondence read from a table: token t of any frame has the matches table[j, t] in frame j."""
 
     table: torch.Tensor  # int64 [frames, height * width, k]
     frames: int = FRAMES
@@ -51,7 +51,7 @@ def pixel(image, place):
 
 
 def distances(*places):
-    """[height, width]: from each pixel's centre to the nearest of the places."""
+    """Return the distance of each pixel's centre to the nearest of the places, [height, width]."""
     y, x = torch.meshgrid(torch.arange(HEIGHT) + 0.5, torch.arange(WIDTH) + 0.5, indexing="ij")
     return torch.stack([torch.hypot(x - a, y - b) for a, b in places]).amin(0)
 
@@ -61,10 +61,10 @@ def changed(before, after):
 
 
 @pytest.mark.parametrize("frame", [0, 2, 4])
-def test_discs_stand_at_the_matches_and_nowhere_else(known, frame):
+def test_draw_matches_changes_only_the_discs_at_the_matches(known, frame):
     images, point = torch.full((FRAMES, HEIGHT, WIDTH, 3), 0.5), (100.0, 40.0)
     token = (40 // 19) * COLUMNS + 100 // 21
-    known.table[:, token] = torch.arange(FRAMES * K).view(FRAMES, K) * 5  # apart, so that none hides another
+    known.table[:, token] = torch.arange(FRAMES * K).view(FRAMES, K) * 5  # far apart, without overlap
     drawn = draw_matches(images, known, [point], frame)
     for index in range(FRAMES):
         places = [point] if index == frame else [centre(match) for match in known.table[index, token].tolist()]
@@ -76,28 +76,28 @@ def test_discs_stand_at_the_matches_and_nowhere_else(known, frame):
         assert all(tuple(rgb) in {tuple(torch.tensor(color).tolist()) for color in colors} for rgb in inside.tolist())
 
 
-def test_a_disc_has_the_area_of_a_disc(known):
+def test_draw_matches_draws_antialiased_discs(known):
     drawn = draw_matches(torch.ones(FRAMES, 1033, 1231, 3), known, [(617.3, 511.8)])
     red = drawn[0, ..., 0] - drawn[0, ..., 1]  # ground and ring are grey
     assert red.sum().item() == pytest.approx(torch.pi * (1033 * 0.0125) ** 2, rel=0.02)
     assert len(red[(red > 0.02) & (red < 0.98)]) > 20  # antialiased
 
 
-def test_the_best_match_lies_on_top(known):
+def test_draw_matches_draws_the_best_match_on_top(known):
     known.table[:] = 38
     drawn = draw_matches(torch.zeros(FRAMES, HEIGHT, WIDTH, 3), known, [(3, 5)])
     for index in range(1, FRAMES):
         assert pixel(drawn[index], centre(38)) == pytest.approx(MATCH_COLORS[0])
 
 
-def test_more_than_three_matches(known):
+def test_draw_matches_repeats_the_last_colour_beyond_three_matches(known):
     known.table = torch.arange(5).mul(13).expand(FRAMES, ROWS * COLUMNS, 5)
     drawn = draw_matches(torch.zeros(FRAMES, HEIGHT, WIDTH, 3), known, [(3, 5)])
     for match, color in zip(range(5), [*MATCH_COLORS, MATCH_COLORS[-1], MATCH_COLORS[-1]], strict=True):
         assert pixel(drawn[3], centre(13 * match)) == pytest.approx(color)
 
 
-def test_points_have_rings_of_their_own(known):
+def test_draw_matches_draws_a_distinct_ring_for_each_point(known):
     points = [(31.5, 66.5), (115.5, 66.5), (199.5, 66.5)]
     images = torch.full((FRAMES, 4 * HEIGHT, 4 * WIDTH, 3), 0.5)
     points = [(4 * x, 4 * y) for x, y in points]
@@ -108,7 +108,7 @@ def test_points_have_rings_of_their_own(known):
     assert pixel(draw_matches(images, known, points[:1])[0], (points[0][0] + out, points[0][1])) == BLACK
 
 
-def test_the_given_images_are_not_changed(known):
+def test_draw_matches_and_tracks_keep_the_input_images(known):
     images = torch.rand(FRAMES, HEIGHT, WIDTH, 3)
     before = images.clone()
     for drawn in (draw_matches(images, known, [(3, 5)]), draw_tracks(images, known, [(3, 5)])):
@@ -119,31 +119,31 @@ def test_the_given_images_are_not_changed(known):
 @pytest.mark.parametrize(
     "point", [(0, 0), (WIDTH - 1, 0), (0, HEIGHT - 1), (nextafter(WIDTH, 0), nextafter(HEIGHT, 0))]
 )
-def test_points_on_the_border(known, point):
+def test_draw_matches_accepts_points_on_the_border(known, point):
     drawn = draw_matches(torch.zeros(FRAMES, HEIGHT, WIDTH, 3), known, [point])
     assert pixel(drawn[0], point) == pytest.approx(QUERY_COLOR, abs=0.1)
 
 
-def test_one_frame_has_only_the_query():
+def test_draw_matches_draws_only_the_query_for_one_frame():
     known = Known(torch.zeros(1, ROWS * COLUMNS, K, dtype=torch.int64), frames=1)
     images = torch.full((1, HEIGHT, WIDTH, 3), 0.5)
     drawn = draw_matches(images, known, [(50, 60)])
     assert torch.equal(changed(images, drawn)[0], distances((50, 60)) < RADIUS * RING + 0.5)
 
 
-def test_half_precision_images_stay_so(known):
+def test_draw_matches_keeps_half_precision(known):
     assert draw_matches(torch.rand(FRAMES, HEIGHT, WIDTH, 3).half(), known, [(3, 5)]).dtype == torch.float16
 
 
 @pytest.mark.parametrize("draw", [draw_matches, draw_tracks])
 @pytest.mark.parametrize("point", [(-0.1, 5), (5, -0.1), (WIDTH, 5), (5, HEIGHT), (float("nan"), 5)])
-def test_points_outside(known, draw, point):
+def test_draw_matches_and_tracks_refuse_points_outside(known, draw, point):
     with pytest.raises(ValueError, match="outside the picture of 231 x 133 pixels; expected x from 0 to 230"):
         draw(torch.zeros(FRAMES, HEIGHT, WIDTH, 3), known, [(3, 5), point])
 
 
 @pytest.mark.parametrize("draw", [draw_matches, draw_tracks])
-def test_frames_that_do_not_belong_together(known, draw):
+def test_draw_matches_and_tracks_refuse_mismatched_frames(known, draw):
     with pytest.raises(ValueError, match="3 images, but the correspondence is of 5 frames"):
         draw(torch.zeros(3, HEIGHT, WIDTH, 3), known, [(3, 5)])
     for frame in (-1, 5):
@@ -151,7 +151,7 @@ def test_frames_that_do_not_belong_together(known, draw):
             draw(torch.zeros(FRAMES, HEIGHT, WIDTH, 3), known, [(3, 5)], frame)
 
 
-def test_a_track_joins_where_the_point_was(known):
+def test_draw_tracks_connects_earlier_positions_of_the_point(known):
     known.table[:] = torch.tensor([0, 9, 27, 45, 60])[:, None, None]
     images = torch.full((FRAMES, HEIGHT, WIDTH, 3), 0.5)
     point = centre(38)
@@ -171,7 +171,7 @@ def test_a_track_joins_where_the_point_was(known):
 
 
 @pytest.mark.parametrize("columns, rows", [(1, 7), (3, 3), (7, 1), (20, 1), (0, 3)])
-def test_contact_sheet(columns, rows):
+def test_contact_sheet_places_frames_row_by_row(columns, rows):
     images = torch.rand(7, 3, 5, 3)
     sheet = contact_sheet(images, columns)
     columns = min(columns or 3, 7)
@@ -184,5 +184,5 @@ def test_contact_sheet(columns, rows):
         contact_sheet(images, -1)
 
 
-def test_grid_points_are_the_centres_of_fields():
+def test_grid_points_are_the_centres_of_cells():
     assert grid_points(60, 90, 3) == [(x, y) for y in (10, 30, 50) for x in (15, 45, 75)]

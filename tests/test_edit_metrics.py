@@ -1,4 +1,4 @@
-"""Measures of an edit: known answers on a texture that moves by a known step; the table; the plot."""
+"""Measures of an edit on a texture with known motion, and their table and plot."""
 
 import math
 
@@ -18,7 +18,7 @@ NOISE = 0.02
 
 @pytest.fixture(scope="module")
 def moving():
-    """A smooth random texture that moves by three pixels a frame."""
+    """A smooth random texture that moves three pixels per frame."""
     texture = F.interpolate(randn(1, 3, 37, 41), size=(HEIGHT, WIDTH + 20), mode="bicubic")[0].movedim(0, -1)
     texture = (0.5 + 0.1 * texture).clamp(0.1, 0.9)
     return torch.stack([texture[:, 3 * frame : 3 * frame + WIDTH] for frame in range(FRAMES)])
@@ -29,7 +29,7 @@ def noise():
     return NOISE * randn(FRAMES, HEIGHT, WIDTH, 3, seed=3)
 
 
-def test_measure_edit_finds_an_edit_that_moves_with_the_source_as_steady(moving):
+def test_measure_edit_rates_an_edit_that_moves_with_the_source_as_steady(moving):
     columns = measure_edit(moving, 1 - moving)
     assert summarize_edit(columns) == "Motion taken out, frames differ 1.00 times as much as the source's own do."
     assert list(columns) == ["PSNR", "SSIM", "warping error", "of the source"]
@@ -38,9 +38,9 @@ def test_measure_edit_finds_an_edit_that_moves_with_the_source_as_steady(moving)
     assert columns["of the source"][0] < 1e-4 < (moving[1] - moving[0]).square().mean()
 
 
-def test_measure_edit_finds_noise_of_each_frame(moving, noise):
+def test_measure_edit_measures_independent_noise(moving, noise):
     columns = measure_edit(moving, moving + noise)
-    # Two draws, one of them interpolated; whole steps leave it as it is, and the flow is near them.
+    # The variance of two draws. One is interpolated, but the flow is nearly integer, which keeps its variance.
     assert columns["warping error"][0] == pytest.approx(2 * NOISE**2, rel=0.25)
     assert columns["PSNR"][1] == pytest.approx(-20 * math.log10(NOISE), abs=0.2)
     assert columns["warping error"][0] > 5 * columns["of the source"][0]
@@ -54,7 +54,7 @@ def test_summarize_edit_divides_the_means():
     assert summarize_edit(still) == text
 
 
-def test_check_libraries_names_all_that_are_missing(monkeypatch):
+def test_check_libraries_names_every_missing_library(monkeypatch):
     monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install opencv-python-headless matplotlib"):
         metrics.check_libraries()
@@ -66,7 +66,7 @@ def test_measure_edit_reports_progress_in_pairs(moving):
     assert seen == [(i + 1, FRAMES - 1) for i in range(FRAMES - 1)]
 
 
-def test_format_table_lines_up():
+def test_format_table_aligns_columns():
     lines = format_table({"a PSNR": [12.34, math.inf], "share": [0.5, math.nan]}).splitlines()
     assert "0.000123" in format_table({"warping error": [0.0001234]})
     assert lines == [
@@ -77,7 +77,7 @@ def test_format_table_lines_up():
     ]
 
 
-def test_measure_edit_of_one_frame(moving):
+def test_measure_edit_of_one_frame_has_nothing_to_compare(moving):
     columns = measure_edit(moving[:1], moving[:1])
     assert math.isnan(columns["warping error"][0]) and summarize_edit(columns).startswith("Nothing to compare")
     assert format_table(columns).splitlines()[-1].split()[-1] == "-"

@@ -1,4 +1,4 @@
-"""The pack's entry refuses a ComfyUI that is too old in a sentence, and blames no other failure on its age."""
+"""The pack's entry refuses an outdated ComfyUI with a clear error, and passes on any other error."""
 
 import re
 import subprocess
@@ -20,7 +20,7 @@ spec.loader.exec_module(module)
 
 
 def last_line(host) -> str:
-    """The end of what ComfyUI would log when it loads the pack with the code in `host`."""
+    """Return the last line that ComfyUI would log when it loads the pack with the code in `host`."""
     loaded = subprocess.run([sys.executable, "-c", LOAD, host, PACK], capture_output=True, text=True)
     assert loaded.returncode == 1
     return loaded.stderr.strip().splitlines()[-1]
@@ -28,7 +28,7 @@ def last_line(host) -> str:
 
 @pytest.fixture
 def broken_host(host, tmp_path):
-    """Version -> the running host's code under that version, without `comfy_api.v0_0_2`, as before 0.3.48."""
+    """Version -> the running host's code with this version number, without `comfy_api.v0_0_2`, as before 0.3.48."""
 
     def made(version: str | None):
         for path in host.iterdir():
@@ -46,17 +46,17 @@ def broken_host(host, tmp_path):
 
 
 @pytest.mark.parametrize("version", ["0.3.9", "0.3.47", "0.3.59", None])
-def test_entry_names_the_version_needed_and_the_version_found(broken_host, version):
+def test_entry_names_the_required_and_the_found_version(broken_host, version):
     found = version or "none that states its version"
     expected = f"ImportError: COVE needs ComfyUI {OLDEST} or newer, found {found}. Update ComfyUI, then restart it."
     assert last_line(broken_host(version)) == expected
 
 
 @pytest.mark.parametrize("version", [OLDEST, "0.3.100", "0.10.0", "1.0"])
-def test_entry_leaves_other_failures_as_they_are(broken_host, version):
+def test_entry_passes_on_other_errors(broken_host, version):
     assert last_line(broken_host(version)) == "ModuleNotFoundError: No module named 'comfy_api.v0_0_2'"
 
 
-def test_published_metadata_asks_for_the_same_version():
+def test_entry_requires_the_version_in_pyproject():
     text = (PACK / "pyproject.toml").read_text(encoding="utf-8")
     assert re.findall(r'^requires-comfyui = "(.+)"$', text, re.M) == [f">={OLDEST}"]

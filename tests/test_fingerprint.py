@@ -1,4 +1,4 @@
-"""Equal content has one fingerprint in every process, and no two contents share one."""
+"""Fingerprints: equal for equal content in every process, different for different content."""
 
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Other:
 
 
 def content():
-    """Of every kind, nested."""
+    """Return nested content of every kind."""
     return {
         "tensors": [randn(3, 5, 7), randn(5, 7, dtype=torch.bfloat16), torch.arange(3), torch.tensor(True)],
         "plain": (1, 1.5, True, None, "Fuß", b"\x00\xff", float("inf")),
@@ -37,13 +37,13 @@ def content():
     }
 
 
-def test_equal_content_is_equal():
+def test_fingerprint_of_equal_content_is_equal():
     assert fingerprint(content()) == fingerprint(content())
     assert len(fingerprint()) == 64 and int(fingerprint(), 16) >= 0
 
 
-def test_equal_in_another_process():
-    """Hashes of strings, and with them the order of sets, differ from one process to another."""
+def test_fingerprint_is_equal_in_another_process():
+    """String hashes, and hence the order of sets, differ between processes."""
     code = "import json; from tests.test_fingerprint import *; print(json.dumps(fingerprint(content())))"
     assert fresh(code) == fingerprint(content())
 
@@ -120,25 +120,25 @@ DIFFERENT = {
 }
 
 
-def test_every_small_change_shows():
+def test_fingerprint_distinguishes_small_changes():
     seen = {}
     for name, things in DIFFERENT.items():
         assert seen.setdefault(fingerprint(*things), name) == name
 
 
-def test_order_of_a_mapping_does_not_matter():
+def test_fingerprint_ignores_the_order_of_a_mapping():
     one = {"b": 1, "a": {"d": A, "c": 2}, 3: 4}
     other = OrderedDict([(3, 4), ("a", {"c": 2, "d": A}), ("b", 1)])
     assert fingerprint(one) == fingerprint(other)
 
 
-def test_list_and_tuple_are_both_sequences():
+def test_fingerprint_treats_list_and_tuple_alike():
     assert fingerprint([1, (2, 3)]) == fingerprint((1, [2, 3]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool])
 @pytest.mark.parametrize("device", DEVICES)
-def test_how_a_tensor_lies_does_not_matter(dtype, device):
+def test_fingerprint_ignores_strides_and_device_of_a_tensor(dtype, device):
     tensor, row = ((randn(n, 5, 7) * 4).clamp(min=0).to(dtype) for n in (3, 1))
     expected = fingerprint(tensor)
     strided = tensor.permute(2, 0, 1).contiguous().permute(1, 2, 0)
@@ -149,7 +149,7 @@ def test_how_a_tensor_lies_does_not_matter(dtype, device):
     assert fingerprint(row.expand(3, 5, 7)) == fingerprint(row.repeat(3, 1, 1)) != expected
 
 
-def test_a_tensor_with_gradient_is_known_by_its_values():
+def test_fingerprint_of_a_tensor_with_gradient_depends_on_values_only():
     assert fingerprint(randn(3, 5).requires_grad_()) == fingerprint(torch.nn.Parameter(randn(3, 5)))
     assert fingerprint(torch.nn.Parameter(randn(3, 5))) == fingerprint(randn(3, 5))
 
@@ -161,7 +161,7 @@ class Unknown:
 
 @pytest.mark.parametrize("thing", [Unknown(1), object, Pair, {1, 2}, 1j, range(3), len])
 @pytest.mark.parametrize("nested", [lambda thing: thing, lambda thing: {"a": [1, Pair(thing)]}])
-def test_things_whose_content_is_not_known_are_refused(thing, nested):
+def test_fingerprint_refuses_objects_of_unknown_content(thing, nested):
     with pytest.raises(TypeError, match=f"{type(thing).__qualname__} is not known"):
         fingerprint(nested(thing))
 
@@ -170,7 +170,7 @@ def value_of(thing):
     return {"value": thing.value}
 
 
-def test_known_stands_for_the_rest():
+def test_fingerprint_reads_other_objects_with_known():
     asked, unknown = [], Unknown([A, 2])
 
     def known(thing):
@@ -181,11 +181,11 @@ def test_known_stands_for_the_rest():
         return fingerprint({"a": [1, Pair(thing)], "b": content()}, known=known)
 
     assert found(unknown, known) == found(Unknown([A, 2]))
-    assert asked == [unknown]  # what is known already is not asked for
+    assert asked == [unknown]  # `known` is called for unknown objects only
     assert len({found(thing) for thing in (unknown, Unknown([A, 3]), Unknown([A]), {"value": [A, 2]}, None)}) == 5
 
 
-def test_known_may_give_what_it_knows_itself():
+def test_fingerprint_reads_nested_results_of_known():
     nested = [Unknown(5), Unknown(Unknown(5)), Unknown({"a": Unknown(5)}), Unknown({"a": Unknown(6)})]
     assert len({fingerprint(thing, known=value_of) for thing in nested}) == len(nested)
     assert fingerprint(Unknown(Unknown(5)), known=value_of) == fingerprint(nested[1], known=value_of)
@@ -194,19 +194,19 @@ def test_known_may_give_what_it_knows_itself():
 
 
 def ring(*values):
-    """Objects that hold the next one each, and the last the first."""
+    """Return the first of some objects of which each holds the next, and the last the first."""
     things = [Unknown([value]) for value in values]
     for thing, after in zip(things, things[1:] + things[:1], strict=True):
         thing.value.append(after)
     return things[0]
 
 
-def test_what_holds_itself_is_read_once():
+def test_fingerprint_reads_cyclic_objects_once():
     rings = [ring(1), ring(1, 1), ring(1, 2), ring(2, 1), ring(1, 2, 3)]
     assert len({fingerprint(thing, known=value_of) for thing in rings}) == len(rings)
     assert fingerprint(ring(1, 2, 3), known=value_of) == fingerprint(rings[-1], known=value_of)
     many = Unknown(1)
-    for _ in range(100):  # two ways each: without a memory of what was read, 2**100
+    for _ in range(100):  # 2**100 paths; only visited objects make this finish
         many = Unknown([many, many])
     assert len(fingerprint(many, known=value_of)) == 64
 
@@ -215,7 +215,7 @@ class Named(dict):
     pass
 
 
-def test_what_a_container_has_beside_its_content_counts():
+def test_fingerprint_includes_attributes_of_a_container():
     def known(thing):
         return dict(thing), vars(thing)
 
@@ -225,7 +225,7 @@ def test_what_a_container_has_beside_its_content_counts():
     assert fingerprint(one, known=known) != fingerprint(other, known=known)
 
 
-def test_keys_with_an_address_are_sorted_by_their_content():
+def test_fingerprint_sorts_object_keys_by_content():
     def table(values):
         return {Unknown(value): value for value in values}
 

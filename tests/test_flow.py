@@ -1,4 +1,4 @@
-"""OpenCV's DIS as flow, tracks and matches: right on a texture that moves by a known step."""
+"""OpenCV's DIS as flow, tracks and matches, on a texture with known motion."""
 
 import pytest
 import torch
@@ -16,14 +16,14 @@ STEP = torch.tensor([3.0, -2.0])
 
 @pytest.fixture(scope="module")
 def moving():
-    """A smooth random texture that moves by STEP a frame."""
+    """A smooth random texture that moves by STEP per frame."""
     texture = F.interpolate(randn(1, 1, 37, 41), size=(HEIGHT + 20, WIDTH + 20), mode="bicubic")[0, 0]
     texture = (0.5 + 0.2 * texture).clamp(0, 1)[..., None].expand(-1, -1, 3)
     cuts = [(10 + 2 * frame, 10 - 3 * frame) for frame in range(FRAMES)]
     return torch.stack([texture[top : top + HEIGHT, left : left + WIDTH] for top, left in cuts])
 
 
-def test_flow_finds_the_step(moving):
+def test_dis_flow_finds_a_known_step(moving):
     forward, backward = dis_flow(moving)
     assert forward.shape == backward.shape == (FRAMES - 1, HEIGHT, WIDTH, 2)
     middle = (slice(None), slice(12, -12), slice(12, -12))
@@ -31,18 +31,18 @@ def test_flow_finds_the_step(moving):
     assert (backward[middle] + STEP).norm(dim=-1).median() < 0.2
 
 
-def test_pixels_that_leave_do_not_agree():
+def test_agree_is_false_for_pixels_that_leave():
     forward = STEP.expand(FRAMES - 1, HEIGHT, WIDTH, 2)
     expected = torch.zeros(HEIGHT, WIDTH, dtype=torch.bool)
     expected[2:, : WIDTH - 3] = True
     assert torch.equal(agree(forward, -forward), expected.expand(FRAMES - 1, -1, -1))
     assert not agree(forward, forward).any()
-    # Sundaram's bound at this step: 0.01 * 26 + 0.5 = 0.76, here with a little less of the way back.
+    # Sundaram's bound at this step is 0.01 * 26 + 0.5 = 0.76; here the way back is slightly shorter.
     assert agree(forward, -forward + 0.6)[0, 30, 30] and not agree(forward, -forward + 0.63)[0, 30, 30]
 
 
-def test_tokens_follow_their_middle():
-    """Tokens of 11x7 pixels, another step at each frame: followed both ways, and matched to the nearest."""
+def test_flow_tracks_and_correspondence_follow_the_middle_of_tokens():
+    """Tokens of 11x7 pixels with a different step at each frame, followed both ways and matched to the nearest."""
     height, width = HEIGHT // 11, WIDTH // 7
     steps = torch.tensor([[8.0, -13.0], [-4.0, 9.0], [15.0, 2.0]])
     forward = steps[:, None, None].expand(-1, HEIGHT, WIDTH, 2)
@@ -57,21 +57,21 @@ def test_tokens_follow_their_middle():
     last = torch.tensor([width - 1.0, height - 1.0])
     for link, step in enumerate(nearest):
         for found, expected in ((matches.forward, own + step), (matches.backward, own - step)):
-            expected = expected.clamp(torch.zeros(2), last)  # what leads outside ends at the border
+            expected = expected.clamp(torch.zeros(2), last)  # places outside end at the border
             token = found[link, :, 0].unflatten(0, (height, width))
             assert_close(torch.stack([token % width, token // width], -1).float(), expected)
-    for frame in range(4):  # frames further apart: rounded once, not at every link
+    for frame in range(4):  # distant frames are rounded once, not at every link
         places = own + (moved - moved[frame]).round()[:, None, None]
         assert_close(tracks_of(matches, frame), places.clamp(torch.zeros(2), last))
 
 
-def test_one_frame_has_no_flow(moving):
+def test_dis_flow_of_one_frame_is_empty(moving):
     forward, backward = dis_flow(moving[:1])
     assert forward.shape == backward.shape == (0, HEIGHT, WIDTH, 2)
     assert correspondence_of(forward, backward, 6, 13).frames == 1
     assert flow_tracks(forward, backward, 0, 6, 13).shape == (1, 6, 13, 2)
 
 
-def test_frames_without_colours_are_refused(moving):
+def test_dis_flow_refuses_frames_without_colours(moving):
     with pytest.raises(ValueError, match=r"expected frames \[frames, height, width, 3\]"):
         dis_flow(moving[..., :1])

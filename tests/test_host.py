@@ -1,4 +1,4 @@
-"""The tests' own ground: a real server boots, and the random models pass for real ones in stock nodes."""
+"""Test infrastructure: a real server starts, and stock nodes accept the random models."""
 
 import os
 import zlib
@@ -39,13 +39,13 @@ def latent_of(server, outputs: dict) -> torch.Tensor:
     return load_file(server.path_of(outputs["latent"]["latents"][0]))["latent_tensor"]
 
 
-def test_server_knows_the_stock_nodes_and_the_random_checkpoints(server, models):
+def test_server_lists_stock_nodes_and_random_checkpoints(server, models):
     loader = server.object_info()["CheckpointLoaderSimple"]
     assert set(models.values()) <= set(loader["input"]["required"]["ckpt_name"][0])
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_stock_nodes_sample_from_a_random_checkpoint(server, models, kind):
+def test_write_checkpoint_is_usable_in_stock_nodes(server, models, kind):
     outputs = server.queue(text_to_image(models[kind]), timeout=120)
     latent = latent_of(server, outputs)
     assert latent.shape == (1, 4, 5, 8) and latent.isfinite().all()
@@ -53,14 +53,14 @@ def test_stock_nodes_sample_from_a_random_checkpoint(server, models, kind):
     assert image.shape == (40, 64, 3) and image.std() > 3
 
 
-def test_families_are_told_apart(server):
+def test_write_checkpoint_families_are_recognised(server):
     log = server.log.read_text(encoding="utf-8")
     assert log.count("model_type EPS") >= 3 and log.count("model_type V_PREDICTION") >= 1
     assert "clip missing" not in log and "unet missing" not in log and "missing controlnet" not in log
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
-def test_controlnet_changes_the_result_and_strength_zero_does_not(server, models, controlnets, kind):
+def test_controlnet_of_random_weights_changes_the_result(server, models, controlnets, kind):
     hint = Image.fromarray(numpy.random.default_rng(0).integers(0, 255, (40, 64, 3), dtype=numpy.uint8))
     hint.save(server.base / "input" / "hint.png")
 
@@ -80,7 +80,7 @@ def test_controlnet_changes_the_result_and_strength_zero_does_not(server, models
     assert torch.equal(zero, without)
 
 
-def test_autoencoder_gives_the_picture_back_smaller(server, models, tmp_path):
+def test_write_checkpoint_autoencoder_reconstructs_a_smooth_picture(server, models, tmp_path):
     rows, columns = numpy.mgrid[0:1:80j, 0:1:112j]
     picture = numpy.stack([0.5 + 0.4 * numpy.sin(5 * columns + rows), 0.2 + 0.6 * rows, 0.9 - 0.7 * columns], -1)
     Image.fromarray((picture * 255).round().astype(numpy.uint8)).save(server.base / "input" / "smooth.png")
@@ -96,11 +96,11 @@ def test_autoencoder_gives_the_picture_back_smaller(server, models, tmp_path):
     )
     back = numpy.asarray(Image.open(server.path_of(outputs["image"]["images"][0]))) / 255
     error = ((back - picture) ** 2).mean(-1)
-    assert -10 * numpy.log10(error.mean()) > 30  # a picture, not noise
-    assert -10 * numpy.log10(error[:8].mean()) > 26 and -10 * numpy.log10(error[:, -8:].mean()) > 26  # to its border
+    assert -10 * numpy.log10(error.mean()) > 30  # a reconstruction, not noise
+    assert -10 * numpy.log10(error[:8].mean()) > 26 and -10 * numpy.log10(error[:, -8:].mean()) > 26  # and its border
 
 
-def test_refused_prompt_names_the_node(server, models):
+def test_server_queue_names_the_node_of_a_refused_prompt(server, models):
     prompt = text_to_image(models["sd15"])
     prompt["sample"]["inputs"]["steps"] = "many"
     with pytest.raises(PromptFailed, match=r"sample \(KSampler\).*steps") as failure:
@@ -115,7 +115,7 @@ def test_refused_prompt_names_the_node(server, models):
         server.queue({}, timeout=60)
 
 
-def test_failing_prompt_names_the_node_and_the_server_lives_on(server):
+def test_server_queue_names_a_failing_node_and_survives(server):
     (server.base / "models/checkpoints/broken.ckpt").write_bytes(b"this is no checkpoint")
     with pytest.raises(PromptFailed) as failure:
         server.queue(text_to_image("broken.ckpt"), timeout=60)
@@ -123,7 +123,7 @@ def test_failing_prompt_names_the_node_and_the_server_lives_on(server):
     assert server.object_info()
 
 
-def test_prompt_that_takes_too_long_is_interrupted(server, models):
+def test_server_queue_interrupts_a_prompt_at_the_timeout(server, models):
     prompt = text_to_image(models["sd15"])
     prompt["sample"]["inputs"] |= {"steps": 2000, "seed": 2}
     with pytest.raises(TimeoutError):
@@ -132,12 +132,12 @@ def test_prompt_that_takes_too_long_is_interrupted(server, models):
     assert server.queue(prompt, timeout=60)
 
 
-def test_server_that_dies_shows_its_last_words(host, tmp_path):
+def test_server_shows_the_log_if_it_fails_to_start(host, tmp_path):
     with pytest.raises(RuntimeError, match="unrecognized arguments: --no-such-option"):
         Server(host, tmp_path, "--cpu", "--no-such-option").__enter__()
 
 
-def test_link_pack_is_made_once_and_never_over_something_else(tmp_path):
+def test_link_pack_is_idempotent_and_never_overwrites(tmp_path):
     link = link_pack(tmp_path)
     assert link.resolve() == PACK and link_pack(tmp_path) == link
     other = tmp_path / "other"
@@ -146,13 +146,13 @@ def test_link_pack_is_made_once_and_never_over_something_else(tmp_path):
         link_pack(other)
 
 
-def test_wrong_comfyui_path_is_an_error(monkeypatch, tmp_path):
+def test_find_host_refuses_a_wrong_comfyui_path(monkeypatch, tmp_path):
     monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="COMFYUI_PATH"):
         find_host()
 
 
-def test_random_checkpoints_are_small_and_follow_their_seed(tmp_path):
+def test_write_checkpoint_is_small_and_deterministic(tmp_path):
     sums = []
     for seed in (3, 3, 4):
         path = write_checkpoint(tmp_path / f"{len(sums)}.ckpt", "sdxl", seed)
@@ -165,7 +165,7 @@ def test_random_checkpoints_are_small_and_follow_their_seed(tmp_path):
         write_checkpoint(tmp_path / "x.ckpt", "sd3")
 
 
-def test_rendered_clip_moves_smoothly(tmp_path):
+def test_render_clip_moves_smoothly(tmp_path):
     path = render_clip(tmp_path / "clip.mp4", frames=5, width=96, height=64, fps=12)
     with av.open(str(path)) as container:
         rate = container.streams.video[0].average_rate

@@ -1,8 +1,8 @@
-"""What the pack uses of ComfyUI is listed, is there on the running one, and was there on each one it was tried on.
+"""`host_contract.USES` is complete and holds on the running ComfyUI and on every recorded one.
 
     COMFYUI_PATH=... python -m pytest tests/test_host_contract.py --record-host
 
-writes down what the lines of the table are on one more ComfyUI.
+records one more ComfyUI.
 """
 
 import ast
@@ -35,14 +35,14 @@ TRIED = sorted(
 
 @pytest.fixture(scope="module")
 def facts(comfy, nodes, load, control, base, models) -> dict[str, str]:
-    """What each line of the table is on the running host."""
+    """Line of the table -> its fact on the running host."""
     instances, keys = look_at(comfy, nodes, load, control, lambda kind: str(base / "models/checkpoints" / models[kind]))
     return {name: contract.fact_of(name, kind, instances, keys) for name, kind in contract.USES.items()}
 
 
-@torch.inference_mode()  # as the host runs nodes; a model that ran so in another file runs no other way
+@torch.inference_mode()  # as in the host; a model that ran under it in another file requires it
 def look_at(comfy, nodes, load, control, path_of) -> tuple[dict, dict]:
-    """An instance of each class whose fields are read, and the keys of the dictionaries that are read, after a run."""
+    """Return an instance of each class whose fields are read, and the keys of the dictionaries that are read."""
     import comfy.hooks
     import comfy.model_base
     import comfy.sample
@@ -150,7 +150,7 @@ def look_at(comfy, nodes, load, control, path_of) -> tuple[dict, dict]:
 
 
 def complaints(facts: dict[str, str]) -> dict[str, str]:
-    """The lines of the table that are not so, and why."""
+    """Return the lines of the table that do not hold, with the reason."""
     found = {}
     for name, fact in facts.items():
         if fact == contract.MISSING and contract.USES[name] != contract.OPTIONAL:
@@ -160,11 +160,11 @@ def complaints(facts: dict[str, str]) -> dict[str, str]:
     return found
 
 
-def test_every_line_of_the_table_is_so_on_the_running_host(facts):
+def test_uses_hold_on_the_running_host(facts):
     assert not complaints(facts)
 
 
-def test_the_running_host_is_as_recorded(request, facts, host):
+def test_uses_of_the_running_host_match_the_record(request, facts, host):
     version = version_of(host)
     if request.config.getoption("--record-host"):
         contract.record(version, facts)
@@ -175,11 +175,11 @@ def test_the_running_host_is_as_recorded(request, facts, host):
     assert not changed, "recorded and found; run with --record-host when the table or the host was changed on purpose"
 
 
-# --- the hosts that the pack was tried on ---
+# --- recorded hosts ---
 
 
 @pytest.mark.parametrize("version", TRIED)
-def test_every_line_of_the_table_was_so_on_the_host(version):
+def test_uses_held_on_every_recorded_host(version):
     assert not complaints(contract.facts_of(version))
 
 
@@ -188,13 +188,13 @@ def test_every_line_of_the_table_was_so_on_the_host(version):
 
 @cache
 def sources() -> dict[str, ast.Module]:
-    """The Python files that are published and run in ComfyUI."""
+    """Return the published Python files that run in ComfyUI, parsed, by path."""
     paths = [PACK / "__init__.py", *PACK.glob("nodes/**/*.py"), *PACK.glob("demo/*.py")]
     return {path.relative_to(PACK).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in paths}
 
 
 def imported(tree: ast.Module) -> dict[str, str]:
-    """Name in a file -> dotted name of what was imported under it from outside of the pack."""
+    """Return the dotted names of imports from outside the pack by their name in the file."""
     found = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -208,7 +208,7 @@ def imported(tree: ast.Module) -> dict[str, str]:
 
 
 def uses_of_the_host() -> Iterator[tuple[str, str, ast.Call | None]]:
-    """File, dotted name of the host's, and the call where it is called, or handed to `partial` with arguments."""
+    """Yield file, dotted name of the host, and the call if it is called or passed to `partial` with arguments."""
     for file, tree in sources().items():
         names = imported(tree)
         parents = {child: parent for parent in ast.walk(tree) for child in ast.iter_child_nodes(parent)}
@@ -229,11 +229,11 @@ def listed(what_to_do: str, names: Iterable[str]) -> str:
 
 
 def lines_of(name: str) -> list[str]:
-    """The lines of the table about a name, or about what is reached through it."""
+    """Return the lines of the table about a name or its attributes."""
     return [line for line in contract.USES if line == name or line.startswith(f"{name}.")]
 
 
-def test_every_name_imported_from_the_host_is_in_the_table():
+def test_uses_list_every_name_imported_from_the_host():
     left_out, wrong = set(), set()
     for file, name, used in uses_of_the_host():
         if not lines_of(name):
@@ -248,7 +248,7 @@ def test_every_name_imported_from_the_host_is_in_the_table():
     assert not left_out | wrong, listed("add to tests/host_contract.py, then run with --record-host", left_out | wrong)
 
 
-# --- fields and keys, which can only be told by their names ---
+# --- fields and keys, known by name only ---
 
 PYTHON = (str, bytes, dict, list, tuple, set, int, float, type, OSError, pathlib.Path, os.stat_result, partial)
 PYTHON += (types.FunctionType, types.MethodType, types.CodeType, types.CellType, namedtuple("Empty", ()))
@@ -259,7 +259,7 @@ OTHERS |= {"ad_params", "sub_idxs", "ref_opts"}  # of AnimateDiff-Evolved and Ad
 
 
 def fields_in(tree: ast.Module) -> set[str]:
-    """Names that are read from objects, with a dot or with getattr; not from modules and what is imported of them."""
+    """Return the names read from objects, with a dot or getattr, except from imported names."""
     found, names = set(), imported(tree)
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and ast.unparse(node).partition(".")[0] not in names:
@@ -270,7 +270,7 @@ def fields_in(tree: ast.Module) -> set[str]:
 
 
 def keys_in(tree: ast.Module) -> set[str]:
-    """Texts that something is asked for: `x["key"]`, `x.get("key")`, `"key" in x`."""
+    """Return the keys that are read: `x["key"]`, `x.get("key")`, `"key" in x`."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Store):
@@ -285,7 +285,7 @@ def keys_in(tree: ast.Module) -> set[str]:
 
 @cache
 def our_names() -> set[str]:
-    """Names of functions, classes and fields of the pack, and the keys of its dictionaries and files."""
+    """Return the names of the pack's functions, classes and fields, and the keys of its dictionaries and files."""
     found = set()
     for path in [path for folder in ("nodes", "cove", "demo", "evidence") for path in PACK.glob(f"{folder}/**/*.py")]:
         found.add(path.stem)
@@ -309,8 +309,8 @@ def last_part(line: str) -> str:
     return line.rstrip("]").replace("[", ".").rpartition(".")[2]
 
 
-def test_every_field_and_key_that_is_read_is_in_the_table():
-    """A name that is ours or Python's as well passes."""
+def test_uses_list_every_field_and_key_that_is_read():
+    """A name that the pack or Python also has passes."""
     known = {part for line in contract.USES for part in re.split(r"[.\[\]]", line)} | our_names() | OTHERS
     known |= {name for kind in (*PYTHON, *TORCH) for name in (*dir(kind), *dir(type(kind)))}
     read = {file: fields_in(tree) | keys_in(tree) for file, tree in sources().items()}
@@ -318,7 +318,7 @@ def test_every_field_and_key_that_is_read_is_in_the_table():
     assert not left_out, listed("add to tests/host_contract.py, then run with --record-host", left_out)
 
 
-def test_every_line_of_the_table_is_used():
+def test_uses_have_no_unused_line():
     names = {name for _, name, _ in uses_of_the_host()}
     texts = {node.value for tree in sources().values() for node in ast.walk(tree) if isinstance(node, ast.Constant)}
     read = {name for tree in sources().values() for name in fields_in(tree)} | texts

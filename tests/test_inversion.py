@@ -1,4 +1,4 @@
-"""Inversions survive the disk whole or not at all, and their numbers say what they mean."""
+"""Inversions: atomic saving, loading, validation, step lookup and quality; tensors on disk."""
 
 import json
 import math
@@ -41,7 +41,7 @@ def make(**changed):
 
 @pytest.fixture
 def full():
-    """An inversion with all there can be."""
+    """An inversion with every optional field."""
     features = {
         step: {
             "resnet.3.0": randn(FRAMES, 13, 17, 19, seed=step, dtype=torch.float16),
@@ -72,21 +72,21 @@ def assert_same_inversion(found, expected):
 
 
 @pytest.mark.parametrize("kind", [str, Path])
-def test_save_and_load(full, tmp_path, kind):
+def test_inversion_load_returns_the_saved_inversion(full, tmp_path, kind):
     path = kind(tmp_path / "a.safetensors")
     full.save(path)
     assert_same_inversion(Inversion.load(path), full)
     assert os.listdir(tmp_path) == ["a.safetensors"]
 
 
-def test_the_least_there_can_be_is_saved_and_loaded(tmp_path):
+def test_inversion_load_returns_a_minimal_inversion(tmp_path):
     make().save(tmp_path / "a.safetensors")
     found = Inversion.load(tmp_path / "a.safetensors")
     assert_same_inversion(found, make())
     assert (found.frames, found.conditioning, found.about, found.features) == (FRAMES, {}, {}, {})
 
 
-def test_tensors_are_saved_whatever_their_strides(tmp_path):
+def test_inversion_save_accepts_any_strides(tmp_path):
     latents = make().latents
     strided = latents.transpose(0, 4).contiguous().transpose(0, 4)
     assert not strided.is_contiguous()
@@ -94,16 +94,16 @@ def test_tensors_are_saved_whatever_their_strides(tmp_path):
     assert_same(Inversion.load(tmp_path / "a.safetensors").latents, latents)
 
 
-def test_what_was_loaded_can_be_saved_over_its_own_file(full, tmp_path):
+def test_inversion_save_overwrites_the_file_it_was_loaded_from(full, tmp_path):
     path = tmp_path / "a.safetensors"
     full.save(path)
     loaded = Inversion.load(path)
     loaded.save(path)
-    assert_same_inversion(loaded, full)  # what it read from the old file is still there
+    assert_same_inversion(loaded, full)  # tensors from the old file remain readable
     assert_same_inversion(Inversion.load(path), full)
 
 
-def test_changing_what_was_loaded_leaves_the_file(full, tmp_path):
+def test_inversion_load_does_not_write_changes_to_the_file(full, tmp_path):
     path = tmp_path / "a.safetensors"
     full.save(path)
     loaded = Inversion.load(path)
@@ -113,8 +113,8 @@ def test_changing_what_was_loaded_leaves_the_file(full, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="resource is POSIX")
-def test_loaded_features_stay_in_the_file(tmp_path):
-    """128 MiB of features; what is read of them is the header, and pages the system reads ahead."""
+def test_inversion_load_keeps_features_in_the_file(tmp_path):
+    """Of 128 MiB of features, loading reads only the header and the system's read-ahead."""
     path = tmp_path / "a.safetensors"
     make(features={0: {"resnet.3.0": torch.ones(32, 1 << 20)}}).save(path)
     used = fresh(
@@ -131,7 +131,7 @@ print(peak() - before)
     assert used < 16 << 20
 
 
-def test_bytes_are_those_of_the_file_but_for_its_header(full, tmp_path):
+def test_inversion_bytes_match_the_file_without_its_header(full, tmp_path):
     for content in (full, make()):
         content.save(tmp_path / "a.safetensors")
         data = (tmp_path / "a.safetensors").read_bytes()
@@ -140,7 +140,7 @@ def test_bytes_are_those_of_the_file_but_for_its_header(full, tmp_path):
         assert header < 4096
 
 
-def test_a_failing_save_keeps_the_old_file(full, tmp_path, monkeypatch):
+def test_inversion_save_keeps_the_old_file_after_a_failure(full, tmp_path, monkeypatch):
     path = tmp_path / "a.safetensors"
     full.save(path)
     old = path.read_bytes()
@@ -157,7 +157,7 @@ def test_a_failing_save_keeps_the_old_file(full, tmp_path, monkeypatch):
 
 
 def killed_while_saving(path):
-    """Kills an interpreter that saves 88 MiB at `path` as soon as the folder changes. Whether it was not done yet."""
+    """Kill an interpreter that saves 88 MiB to `path` once the folder changes; return whether it had not finished."""
     before = os.listdir(path.parent)
     code = f"""
 import torch
@@ -179,9 +179,9 @@ print("done", flush=True)
         return "done" not in process.stdout.read()
 
 
-def test_a_kill_while_saving_keeps_the_old_file(full, tmp_path):
+def test_inversion_save_keeps_the_old_file_if_killed(full, tmp_path):
     path = tmp_path / "a.safetensors"
-    for _ in range(3):  # a busy machine may finish saving before it kills
+    for _ in range(3):  # on a busy machine saving may finish before the kill
         full.save(path)
         old = path.read_bytes()
         if killed := killed_while_saving(path):
@@ -193,7 +193,7 @@ def test_a_kill_while_saving_keeps_the_old_file(full, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"no safetensors at all", *map(slice, (8, 100, 5000, -10))])
-def test_a_damaged_file_is_a_value_error(full, tmp_path, content):
+def test_inversion_load_refuses_a_damaged_file(full, tmp_path, content):
     path = tmp_path / "a.safetensors"
     full.save(path)
     path.write_bytes(path.read_bytes()[content] if isinstance(content, slice) else content)
@@ -221,7 +221,7 @@ def write(path, tensors, metadata):
         ({**GOOD, "schedule": '{"count": 3}'}, "is damaged"),
     ],
 )
-def test_wrong_metadata_is_a_value_error(tmp_path, metadata, message):
+def test_inversion_load_refuses_wrong_metadata(tmp_path, metadata, message):
     write(tmp_path / "a.safetensors", {}, metadata)
     with pytest.raises(ValueError, match=rf"a\.safetensors.*{message}"):
         Inversion.load(tmp_path / "a.safetensors")
@@ -236,14 +236,14 @@ def test_wrong_metadata_is_a_value_error(tmp_path, metadata, message):
         {"features": randn(3)},
     ],
 )
-def test_wrong_tensors_are_a_value_error_that_names_the_file(tmp_path, tensors):
+def test_inversion_load_refuses_wrong_tensors_and_names_the_file(tmp_path, tensors):
     write(tmp_path / "a.safetensors", tensors, GOOD)
     with pytest.raises(ValueError, match=r"a\.safetensors"):
         Inversion.load(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("name", TENSORS)
-def test_a_file_that_lacks_a_tensor_is_a_value_error(tmp_path, name):
+def test_inversion_load_refuses_a_file_without_a_tensor(tmp_path, name):
     path = tmp_path / "a.safetensors"
     make().save(path)
     save_file({key: tensor for key, tensor in load_file(path).items() if key != name}, path, GOOD)
@@ -251,19 +251,19 @@ def test_a_file_that_lacks_a_tensor_is_a_value_error(tmp_path, name):
         Inversion.load(path)
 
 
-def test_another_file_of_this_pack_is_a_value_error(tmp_path):
+def test_inversion_load_refuses_a_correspondence(tmp_path):
     links = torch.zeros(2, 35, 3, dtype=torch.int32)
     Correspondence(links, links.clone(), 5, 7, 5).save(tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="holds no COVE inversion"):
         Inversion.load(tmp_path / "a.safetensors")
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_inversion_load_names_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="missing"):
         Inversion.load(tmp_path / "missing.safetensors")
 
 
-# --- what an inversion says ---
+# --- validation, steps and quality ---
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_a_missing_file_is_named(tmp_path):
         {"features": {-1: {}}},
     ],
 )
-def test_tensors_that_do_not_go_together_are_refused(changed):
+def test_inversion_refuses_mismatched_tensors(changed):
     with pytest.raises(ValueError, match="do not belong to one inversion") as caught:
         make(**changed)
     for thing in changed.values():
@@ -290,24 +290,24 @@ def test_tensors_that_do_not_go_together_are_refused(changed):
         assert str(shown if isinstance(shown, Schedule) else list(shown)) in str(caught.value)
 
 
-def test_replaced_fields_are_checked_too():
+def test_inversion_refuses_mismatched_replaced_fields():
     with pytest.raises(ValueError, match="do not belong to one inversion"):
         replace(make(), sigmas=torch.arange(3.0))
 
 
-def test_the_step_at_a_sigma():
-    """Sigmas of one schedule differ by rounding, at most 1e-6 of them; steps by much more than 1e-4."""
+def test_step_at_tolerates_rounding_of_sigma():
+    """Sigmas of one schedule differ by rounding, at most 1e-6 relative; steps differ by much more than 1e-4."""
     found = make()
     for step, sigma in enumerate(found.sigmas[1:].tolist()):
         for rounding in (1, 1 - 1e-6, 1 + 1e-6, 1 - 9e-5, 1 + 9e-5):
             assert found.step_at(sigma * rounding) == step
         for other in (1 - 2e-4, 1 + 2e-4, 0.5, 1.5):
             assert found.step_at(sigma * other) is None
-    assert found.step_at(0.0) is None  # no step ends there
+    assert found.step_at(0.0) is None  # no step ends at sigma 0
 
 
 @pytest.mark.parametrize("multiple", [1, 2, 5])
-def test_latents_of_the_sampling_grid_are_kept(multiple):
+def test_of_steps_keeps_latents_of_the_sampling_grid(multiple):
     schedule = Schedule(3, multiple)
     count = len(schedule.inversion)
     every = randn(count, *LATENTS)
@@ -319,7 +319,7 @@ def test_latents_of_the_sampling_grid_are_kept(multiple):
     assert torch.equal(found.noise, every[-1])
 
 
-def test_only_what_grew_and_not_by_rounding_diverged():
+def test_diverged_lists_stopped_steps_with_a_large_residual():
     stopped = torch.zeros(INVERSION_STEPS, dtype=torch.bool)
     stopped[[2, 5, 7]] = True
     residuals = torch.full((INVERSION_STEPS,), 0.5, dtype=torch.float64)
@@ -329,7 +329,7 @@ def test_only_what_grew_and_not_by_rounding_diverged():
     assert make(residuals=residuals * math.nan).diverged == []
 
 
-def test_quality_is_one_line_on_the_worst_step():
+def test_quality_describes_the_worst_step_in_one_line():
     residuals = torch.full((INVERSION_STEPS,), 1e-5, dtype=torch.float64)
     residuals[4] = 0.025
     steps = torch.arange(INVERSION_STEPS)
@@ -347,7 +347,7 @@ def test_quality_is_one_line_on_the_worst_step():
 
 
 @pytest.mark.parametrize("kind", [str, Path])
-def test_on_disk_gives_the_same_tensors(tmp_path, kind):
+def test_on_disk_returns_equal_tensors(tmp_path, kind):
     tensors = {
         "resnet.3.0": randn(FRAMES, 13, 17, 19, dtype=torch.float16),
         "attention.4.1": randn(29, 23, FRAMES).permute(2, 1, 0),
@@ -360,13 +360,13 @@ def test_on_disk_gives_the_same_tensors(tmp_path, kind):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a mapped file keeps its name on Windows")
-def test_on_disk_leaves_no_name(tmp_path):
+def test_on_disk_leaves_no_file_name(tmp_path):
     found = on_disk({"a": randn(3, 5)}, tmp_path)
     assert os.listdir(tmp_path) == []
     assert_same(found["a"], randn(3, 5))
 
 
-def test_on_disk_leaves_no_name_when_the_disk_is_full(tmp_path, monkeypatch):
+def test_on_disk_leaves_no_file_on_a_full_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         on_disk({"a": randn(3, 5)}, tmp_path)

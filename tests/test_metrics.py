@@ -1,4 +1,4 @@
-"""PSNR and SSIM are those of scikit-image, have known answers at the limits, and turn into the right advice."""
+"""PSNR and SSIM against scikit-image and known answers at the limits."""
 
 import math
 
@@ -14,22 +14,25 @@ SHAPE = FRAMES, HEIGHT, WIDTH, CHANNELS = 5, 13, 17, 3
 
 
 def clip(seed=0, shape=SHAPE):
-    """Values in 0..1, with edges and plain places."""
+    """Return a clip of values in 0..1, with edges and uniform areas."""
     noise = randn(*shape, seed=seed)
     noise[:, :, :7] *= 0.01
     return (0.5 + 0.3 * noise).clamp(0, 1)
 
 
 def pair(strength=0.1, shape=SHAPE):
-    """A clip, and it with more noise from frame to frame."""
+    """Return a clip, and the clip with noise that grows from frame to frame."""
     one = clip(shape=shape)
     steps = torch.arange(len(one)).view(-1, 1, 1, 1)
     return one, (one + strength * steps * randn(*shape, seed=1)).clamp(0, 1)
 
 
 def structural_similarity_of_wang(one, other):
-    """With these settings that of Wang et al. Its window ends 3.5 sigmas from the middle, so it is 11 pixels wide, and
-    its mean leaves out the 5 pixels at the border where the window would end outside."""
+    """Return scikit-image's SSIM with the settings of Wang et al.
+
+    The window ends 3.5 sigmas from the middle and is 11 pixels wide; the mean excludes the 5 pixels at the border where
+    the window would reach outside.
+    """
     settings = dict(gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1, channel_axis=-1)
     return structural_similarity(one.double().numpy(), other.double().numpy(), **settings)
 
@@ -37,7 +40,7 @@ def structural_similarity_of_wang(one, other):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("strength", [0.01, 0.1, 1])
 @pytest.mark.parametrize("shape", [SHAPE, (2, 31, 23, 5), (2, 11, 13, 1)])
-def test_ssim_equals_scikit_image(shape, strength, device):
+def test_ssim_matches_scikit_image(shape, strength, device):
     one, other = pair(strength, shape)
     found = ssim(one.to(device), other.to(device))
     expected = [structural_similarity_of_wang(*frames) for frames in zip(one, other, strict=True)]
@@ -46,7 +49,7 @@ def test_ssim_equals_scikit_image(shape, strength, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_psnr_equals_scikit_image(device):
+def test_psnr_matches_scikit_image(device):
     one, other = pair()
     one = 1 - one  # no frame is equal
     found = psnr(one.to(device), other.to(device))
@@ -58,7 +61,7 @@ def test_psnr_equals_scikit_image(device):
     assert_close(found.cpu(), torch.tensor(expected, dtype=torch.float64))
 
 
-def test_ssim_of_a_single_window_by_hand():
+def test_ssim_of_a_single_window_matches_the_formula():
     """11x11 pixels: one window, with Gaussian weights around the middle."""
     x, y = clip(shape=(11, 11, 11, 1))[7, ..., 0].double(), clip(1, shape=(11, 11, 11, 1))[7, ..., 0].double()
     weights = torch.tensor(
@@ -70,46 +73,46 @@ def test_ssim_of_a_single_window_by_hand():
     covariance = (weights * (x - mean_x) * (y - mean_y)).sum()
     expected = (2 * mean_x * mean_y + 0.01**2) / (mean_x**2 + mean_y**2 + 0.01**2)
     expected *= (2 * covariance + 0.03**2) / (variance_x + variance_y + 0.03**2)
-    # float32 weights, as torch.tensor makes them of floats
+    # torch.tensor makes float32 weights
     assert_close(ssim(x[None, ..., None], y[None, ..., None])[0], expected, atol=1e-6, rtol=1e-6)
 
 
-def test_equal_clips():
+def test_psnr_and_ssim_of_equal_clips_are_maximal():
     assert psnr(clip(), clip()).tolist() == [math.inf] * FRAMES
     assert_close(ssim(clip(), clip()), torch.ones(FRAMES, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(("offset", "decibels"), [(0.1, 20), (-0.1, 20), (0.01, 40), (1, 0)])
-def test_psnr_of_a_constant_offset(offset, decibels):
+def test_psnr_of_a_constant_offset_is_known(offset, decibels):
     one = clip().double()
     assert_close(psnr(one, one + offset), torch.full((FRAMES,), float(decibels), dtype=torch.float64))
 
 
 @pytest.mark.parametrize(("a", "b"), [(0.2, 0.7), (0, 1), (0.5, 0.5)])
-def test_ssim_of_plain_frames(a, b):
-    """No variance: only the means count."""
+def test_ssim_of_uniform_frames_depends_on_means_only(a, b):
+    """Without variance only the means count."""
     expected = (2 * a * b + 0.01**2) / (a**2 + b**2 + 0.01**2)
     found = ssim(torch.full(SHAPE, a).double(), torch.full(SHAPE, b).double())
     assert_close(found, torch.full((FRAMES,), expected, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("metric", [psnr, ssim])
-def test_frames_are_compared_one_by_one(metric):
+def test_psnr_and_ssim_compare_frame_by_frame(metric):
     one, other = pair()
     found = metric(one, other)
     assert_close(found, torch.cat([metric(x[None], y[None]) for x, y in zip(one, other, strict=True)]))
     assert_close(found, metric(other, one))
-    assert (found.diff() < 0).all()  # more noise is less alike
+    assert (found.diff() < 0).all()  # more noise is less similar
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_values_are_compared_in_double_precision(dtype):
+def test_psnr_and_ssim_compute_in_double_precision(dtype):
     one, other = (x.to(dtype) for x in pair())
     for metric in (psnr, ssim):
         assert torch.equal(metric(one, other), metric(one.double(), other.double()))
 
 
-def test_psnr_of_latents():
+def test_psnr_accepts_frames_of_any_shape():
     """Frames of any shape."""
     one = randn(3, 2, 5, 7, 11)
     assert_close(psnr(one, one + 0.1), torch.full((3,), 20.0).double(), atol=1e-4, rtol=0)  # rounding of float32
@@ -117,14 +120,14 @@ def test_psnr_of_latents():
 
 @pytest.mark.parametrize("metric", [psnr, ssim])
 @pytest.mark.parametrize("other", [(1, 13, 17, 3), (5, 17, 13, 3), (5, 13, 17, 1), (13, 17, 3)])
-def test_clips_of_different_shape_are_refused(metric, other):
+def test_psnr_and_ssim_refuse_clips_of_different_shape(metric, other):
     with pytest.raises(ValueError, match="same shape") as caught:
         metric(torch.zeros(SHAPE), torch.zeros(other))
     assert str(list(SHAPE)) in str(caught.value) and str(list(other)) in str(caught.value)
 
 
 @pytest.mark.parametrize("shape", [(5, 10, 17, 3), (5, 17, 10, 3), (17, 19, 23), (2, 17, 19, 23, 3)])
-def test_ssim_refuses_other_shapes_and_frames_that_are_too_small(shape):
+def test_ssim_refuses_other_shapes_and_small_frames(shape):
     with pytest.raises(ValueError, match="11x11") as caught:
         ssim(torch.zeros(shape), torch.zeros(shape))
     assert str(list(shape)) in str(caught.value)

@@ -1,4 +1,4 @@
-"""The present model sampling of a MODEL decides its noise levels: every one that the host can put on a UNet."""
+"""Noise levels with every model sampling that the host can set on a UNet."""
 
 import math
 
@@ -14,7 +14,7 @@ SPREAD = 2.0  # standard deviation of the clip, in the model's own scale, relati
 
 
 def samplings(model) -> dict:
-    """Name -> makes MODEL with this model sampling, as the stock nodes of the running host set it."""
+    """Return functions by name that set a model sampling on MODEL with the host's stock nodes."""
     from comfy_extras import nodes_model_advanced as advanced
 
     def patched(node, **settings):
@@ -68,17 +68,17 @@ REFUSED = {
 
 @pytest.fixture
 def sampled(small):
-    """Name -> MODEL."""
+    """Name of a model sampling -> MODEL."""
     return lambda name: samplings(small)[name]()
 
 
-def test_every_model_sampling_of_the_host_is_tried(small):
+def test_samplings_lists_every_model_sampling_of_the_host(small):
     known, found = {*DISCRETE, *CONTINUOUS, *REFUSED}, set(samplings(small))
     assert found <= known and known - found <= {NEWER}
 
 
 def timestep_sigma(nodes, model, timestep: int, latent=None) -> float:
-    """Sigma at which Diffusion Features runs the UNet."""
+    """Return the sigma at which Diffusion Features runs the UNet."""
     import comfy.patcher_extension
 
     seen, model = [], model.clone()
@@ -94,26 +94,26 @@ def timestep_sigma(nodes, model, timestep: int, latent=None) -> float:
 
 
 def sd_sigma(timestep: int) -> float:
-    """Of Stable Diffusion's schedule: betas whose roots are evenly spaced from 0.00085 to 0.012."""
+    """Return the sigma of Stable Diffusion's schedule: betas with evenly spaced roots from 0.00085 to 0.012."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     kept = math.prod((1 - betas[: timestep + 1]).tolist())
     return math.sqrt((1 - kept) / kept)
 
 
 @pytest.mark.parametrize("name", DISCRETE)
-def test_sigmas_at_is_the_models_own_where_it_counts_timesteps(sampled, nodes, name):
+def test_sigmas_at_matches_the_models_own_timesteps(sampled, nodes, name):
     model = sampled(name)
     sampling = model.get_model_object("model_sampling")
     for timestep in (37, 261, 999):
         sigma = timestep_sigma(nodes, model, timestep)
         assert_close(sigma, float(sampling.sigma(torch.tensor(timestep))), rtol=1e-6, atol=0)
-        if "zsnr" not in name:  # LCM interpolates between every twentieth
+        if "zsnr" not in name:  # LCM interpolates between every twentieth timestep
             assert_close(sigma, sd_sigma(timestep), rtol=1e-2 if "lcm" in name else 1e-4, atol=0)
 
 
 @pytest.mark.parametrize("name", CONTINUOUS)
-def test_sigmas_at_keeps_sds_signal_to_noise_where_it_does_not(sampled, nodes, name):
-    """Sigma 0.72 at timestep 261. EDM expects latents of half the standard deviation of SD's, and so half the noise."""
+def test_sigmas_at_keeps_the_signal_to_noise_ratio_of_sd_without_timesteps(sampled, nodes, name):
+    """Sigma is 0.72 at timestep 261. EDM expects latents of half SD's standard deviation, hence half the noise."""
     model = sampled(name)
     for timestep in (37, 261, 999):
         expected = sd_sigma(timestep) * (0.5 if " edm" in name else 1.0)
@@ -122,9 +122,9 @@ def test_sigmas_at_keeps_sds_signal_to_noise_where_it_does_not(sampled, nodes, n
 
 
 def gaussian(model):
-    """MODEL whose UNet answers as a perfect one does for a clip of independent Gaussian numbers, and their spread.
+    """Return MODEL with the ideal denoiser for a clip of independent Gaussian numbers, and their spread.
 
-    Denoised is x * spread^2 / (spread^2 + sigma^2), solved for what the prediction makes of it.
+    Denoised is x * spread^2 / (spread^2 + sigma^2), solved for the UNet's output.
     """
     import comfy.patcher_extension
 
@@ -132,13 +132,13 @@ def gaussian(model):
     spread = SPREAD * prediction.sigma_data
 
     def answer(executor, x, timesteps, context, y, control, transformer_options, **kwargs):
-        # Nodes notice a UNet that is skipped: it runs on a few tokens.
+        # Nodes detect a UNet that is skipped, so it runs on a few tokens.
         executor(x[:1, :, :3, :3], timesteps[:1], context[:1], y, control, transformer_options, **kwargs)
         sigmas = transformer_options["sigmas"]
         sigma = sigmas.view(-1, 1, 1, 1)
         noisy = x * sigma / prediction.calculate_input(sigma[:1], sigma[:1])
         denoised = noisy * spread**2 / (spread**2 + sigma**2)
-        # Every prediction is affine in the answer.
+        # Every prediction is affine in the UNet's output.
         none, one = (prediction.calculate_denoised(sigmas, torch.full_like(x, value), noisy) for value in (0.0, 1.0))
         return (denoised - none) / (one - none)
 
@@ -147,8 +147,8 @@ def gaussian(model):
 
 
 @pytest.mark.parametrize("name", DISCRETE + CONTINUOUS)
-def test_inversion_follows_the_closed_form_and_sampling_returns_the_clip(sampled, nodes, name):
-    """The flow of a Gaussian scales it by sqrt(1 + (sigma / spread)^2): Euler's error falls with the steps."""
+def test_ddim_inversion_matches_the_closed_form_of_a_gaussian_clip(sampled, nodes, name):
+    """The flow scales a Gaussian by sqrt(1 + (sigma / spread)^2); Euler's error shrinks with the steps."""
     model, spread = gaussian(sampled(name))
     generator = torch.Generator().manual_seed(0)
     clip = model.get_model_object("latent_format").process_out(spread * torch.randn(3, 4, 5, 7, generator=generator))
@@ -160,14 +160,14 @@ def test_inversion_follows_the_closed_form_and_sampling_returns_the_clip(sampled
         back = call(nodes["DDIMSampler"], model=model, noise=noise, positive=prompt(1), negative=prompt(1), cfg=1.0)[0][
             "samples"
         ]
-        # Against SD's own sampling, nothing is lost by another model sampling.
+        # Sampling reverses the inversion with any model sampling.
         assert (back - clip).norm() < 0.05 * (clip - clip.mean((0, 2, 3), keepdim=True)).norm()
-    # Of first order: four times the steps leave a quarter of the error.
+    # First order: four times the steps leave a quarter of the error.
     assert error[1] < 0.3 * error[0] and error[1] < 0.1, error
 
 
 def everywhere(nodes, model):
-    """Node -> a call of it with MODEL; a plain MODEL made what else it needs."""
+    """Return a call of every node with MODEL by node name; other inputs come from a plain MODEL."""
     plain = tiny()
     noise, inversion = invert(nodes, plain)
     wires = {"positive": prompt(1), "negative": prompt(2), "noise": noise}
@@ -184,7 +184,7 @@ def everywhere(nodes, model):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_unet_of_refuses_what_is_not_denoised_from_latents_plus_noise(small, sampled, nodes, name):
+def test_unet_of_refuses_other_models_than_latents_plus_noise(small, sampled, nodes, name):
     if name not in samplings(small):
         pytest.skip("not in this host")
     for node, run in everywhere(nodes, sampled(name)).items():
@@ -193,8 +193,8 @@ def test_unet_of_refuses_what_is_not_denoised_from_latents_plus_noise(small, sam
 
 
 @pytest.mark.parametrize("name", ["ModelSamplingDiscrete lcm", "zsnr lcm"])
-def test_sigmas_at_refuses_more_steps_than_a_distilled_model_has(sampled, nodes, name):
-    """LCM keeps every twentieth timestep; 52 steps are the most whose first two differ."""
+def test_sigmas_at_refuses_more_steps_than_a_distilled_model_allows(sampled, nodes, name):
+    """LCM keeps every twentieth timestep; with more than 52 steps the first two coincide."""
     model, clip = sampled(name), latents(1)
     wires = {"positive": prompt(1), "negative": prompt(2)}
     noises = {steps: invert(nodes, tiny(), steps=steps, latent=clip)[0] for steps in (53, 100)}
@@ -217,8 +217,8 @@ def test_sigmas_at_refuses_more_steps_than_a_distilled_model_has(sampled, nodes,
         assert len(sigmas) == steps + 1 and (sigmas[:-1] > sigmas[1:]).all()
 
 
-def test_load_inversion_uses_the_present_latent_format(sampled, small, nodes):
-    """Playground's latents have a mean and a scale for each channel; the last run was of a model without."""
+def test_load_inversion_uses_the_latent_format_of_its_model(sampled, small, nodes):
+    """Playground's latents have a mean and scale per channel, unlike those of the last model that ran."""
     model = sampled("ModelSamplingContinuousEDM edm_playground_v2.5")
     noise, inversion = invert(nodes, model)
     call(nodes["SaveInversion"], inversion=inversion, filename_prefix="cove/playground")

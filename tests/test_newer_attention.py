@@ -1,4 +1,4 @@
-"""Attention as newer ComfyUIs call it, rebuilt on any: tensors in containers, and an override that takes its place."""
+"""Attention calls of newer ComfyUIs, imitated on every version: tensors in containers, and an attention override."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from tests.inversion_helpers import flow, guide, inject, invert, sample
 
 
 class Container:
-    """A tensor that is handed over once, so that its memory is free when the callee has done with it."""
+    """A tensor that can be taken once, so that the callee can free its memory."""
 
     def __init__(self, tensor: Tensor):
         self.tensor = tensor
@@ -20,7 +20,7 @@ class Container:
 
 @pytest.fixture
 def contained(comfy, monkeypatch) -> list:
-    """Self- and cross-attention that no node replaces hand containers to the attention function; counts the calls."""
+    """Pass containers to the attention function in attention that no node replaces; list its calls."""
     from comfy.ldm.modules import attention
 
     calls, attend = [], attention.optimized_attention
@@ -45,7 +45,7 @@ def contained(comfy, monkeypatch) -> list:
 
 @pytest.fixture
 def edit(nodes, small):
-    """Name of a node, and a function that changes MODEL before it -> the edited clip."""
+    """Name of a node, function that changes MODEL before it -> the edited clip."""
 
     def edited(node: str, change=lambda model: model) -> Tensor:
         noise, inversion = invert(nodes, small)
@@ -63,7 +63,7 @@ NODES = pytest.mark.parametrize("node", ["CorrespondenceAttention", "FeatureInje
 
 
 @NODES
-def test_attention_in_containers_changes_nothing(request, edit, node):
+def test_nodes_accept_attention_tensors_in_containers(request, edit, node):
     expected = edit(node)
     calls = request.getfixturevalue("contained")
     assert torch.equal(edit(node), expected)
@@ -71,8 +71,8 @@ def test_attention_in_containers_changes_nothing(request, edit, node):
 
 
 @NODES
-def test_attention_override_is_asked_for_self_attention_too(edit, node):
-    """By Correspondence Attention and TokenFlow themselves: they leave no self-attention to the host."""
+def test_nodes_apply_the_attention_override_to_self_attention(edit, node):
+    """Correspondence Attention and TokenFlow call it themselves, because they replace all self-attention."""
     self_attention = []
 
     def override(attend, query, key, value, heads, *arguments, **options):

@@ -1,4 +1,4 @@
-"""Correspondence Attention in a real UNet: what each block computes, in every way a host may call it."""
+"""Correspondence Attention in a real UNet: each block against the reference, for every way the host calls it."""
 
 import copy
 from dataclasses import replace
@@ -28,7 +28,7 @@ LEVEL_0, LEVEL_1 = (5, 7), (3, 4)  # token grids of 5x7 latents in a UNet of two
 
 @pytest.fixture
 def matches(cove):
-    """(frames, grid) -> a correspondence of random tokens: any place may match any other, none twice."""
+    """(frames, grid) -> a correspondence of random tokens: any token may match any other, none twice."""
 
     def random(frames=FRAMES, grid=LEVEL_0, k=3, seed=0):
         generator = torch.Generator().manual_seed(seed)
@@ -41,7 +41,7 @@ def matches(cove):
 
 @pytest.fixture
 def guide(nodes):
-    """MODEL and settings -> MODEL out of Correspondence Attention."""
+    """MODEL and settings -> MODEL patched by Correspondence Attention."""
     return lambda model, correspondence=None, **settings: call(
         nodes["CorrespondenceAttention"], model=model, correspondence=correspondence, **settings
     )[0]
@@ -49,7 +49,7 @@ def guide(nodes):
 
 @pytest.fixture
 def recorded(host_module, monkeypatch):
-    """Every call of the patch from here on: what came, what it gave."""
+    """Every later call of the patch: its inputs and its result."""
     calls, original = [], host_module.attention.GuidedSelfAttention.__call__
 
     def record(self, query, key, value, options):
@@ -62,7 +62,7 @@ def recorded(host_module, monkeypatch):
 
 
 def reference(cove, seen, correspondence, merge_ratio=0.5, window=None, all_frames=True, include_self=False):
-    """What a recorded call should have given, as plain loops."""
+    """Return the expected result of a recorded call, computed in plain loops."""
     heads, conds = seen.options["n_heads"], len(seen.options["cond_or_uncond"])
     frames = seen.qkv[0].shape[0] // conds
     plain = cove.reference.spatial_temporal_attention
@@ -84,7 +84,7 @@ def reference(cove, seen, correspondence, merge_ratio=0.5, window=None, all_fram
         (0.5, "all frames", False, None),
     ],
 )
-def test_every_block_computes_what_the_reference_does(
+def test_correspondence_attention_matches_reference_in_every_block(
     sd15, cove, guide, matches, recorded, merge_ratio, spatial_temporal, include_self, grid
 ):
     correspondence = matches(grid=grid) if grid else None
@@ -99,14 +99,14 @@ def test_every_block_computes_what_the_reference_does(
         assert_close(seen.result, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_devices_are_not_mixed(sd15, guide, matches, recorded):
-    """Each call again with CUDA tensors that hold no data; the correspondence lies on the CPU, where nodes leave it."""
+def test_correspondence_attention_keeps_the_device(sd15, guide, matches, recorded):
+    """Repeat each call with fake CUDA tensors; the correspondence is on the CPU, as in the nodes."""
     from comfy.ldm.modules.attention import attention_pytorch
 
     predict(guide(sd15, found := matches(), include_self=True), latents(), prompt(1))
     for seen in recorded[:]:
         options = dict(seen.options)
-        # What ComfyUI takes on a GPU; what it takes on a CPU asks how much memory is free.
+        # ComfyUI's choice on a GPU; its choice on a CPU queries the free memory.
         options["optimized_attention_override"] = lambda _, *args, **kwargs: attention_pytorch(*args, **kwargs)
         with FakeTensorMode():
             links = {name: torch.empty(found.forward.shape, dtype=torch.int32) for name in ("forward", "backward")}
@@ -115,10 +115,12 @@ def test_devices_are_not_mixed(sd15, guide, matches, recorded):
         assert (result.device, result.shape) == (query.device, seen.result.shape)
 
 
-# --- together, apart, reversed ---
+# --- batches of conditionings ---
 
 
-def test_halves_together_apart_and_reversed_give_the_same(comfy, sd15, guide, matches, recorded, monkeypatch):
+def test_correspondence_attention_is_independent_of_the_order_of_conditionings(
+    comfy, sd15, guide, matches, recorded, monkeypatch
+):
     import comfy.samplers
 
     model = guide(sd15, matches())
@@ -143,7 +145,7 @@ def test_halves_together_apart_and_reversed_give_the_same(comfy, sd15, guide, ma
     assert_close(predict(model, *arguments), together, rtol=1e-3, atol=2e-3)
     assert sorted(batches()) == [[0], [1]]
 
-    # cfg 1 leaves out the negative half; so does a negative prompt equal to the positive one, whatever the cfg
+    # cfg 1 skips the negative half; a negative prompt equal to the positive one cancels guidance at any cfg
     recorded.clear()
     alone = predict(model, latents(), prompt(1), prompt(2), cfg=1.0)
     assert batches() == [[0]]
@@ -159,13 +161,13 @@ def model_blocks(model) -> dict:
 
 
 @pytest.mark.parametrize("grid", [LEVEL_0, LEVEL_1])
-def test_areas_are_guided_by_their_part_of_the_correspondence(sd15, cove, guide, matches, recorded, grid):
+def test_correspondence_attention_crops_the_correspondence_to_areas(sd15, cove, guide, matches, recorded, grid):
     correspondence = matches(grid=grid)
     level, shape = (0, (3, 4)) if grid == LEVEL_0 else (1, (2, 2))
     model = guide(sd15, correspondence)
 
     def calls(*areas) -> tuple[SimpleNamespace, list]:
-        """The first guided call on a part of the picture, and query, key, value and result of each conditioning."""
+        """Return the first guided call on part of the picture, and query, key, value, result of each conditioning."""
         recorded.clear()
         predict(model, latents(), [*prompt(0), *(prompt(1, area=area)[0] for area in areas)])
         guided = (seen for seen in recorded if seen.patch.level == level)
@@ -173,7 +175,7 @@ def test_areas_are_guided_by_their_part_of_the_correspondence(sd15, cove, guide,
         assert len(seen.options["uuids"]) == len(areas)
         return seen, list(zip(*(x.chunk(len(areas)) for x in (*seen.qkv, seen.result)), strict=True))
 
-    # of one size at different places, so that they come as one batch; whether a place is right is seen one by one
+    # Equal sizes at different places, so that they form one batch; each place is first checked alone.
     places = {(1, 3): (3, 4, 1, 3), (2, 0): (3, 4, 2, 0), (0, 3): ("percentage", 3 / 5, 4 / 7, 0, 3 / 7)}
     alone = []
     for (top, left), area in places.items():
@@ -188,7 +190,7 @@ def test_areas_are_guided_by_their_part_of_the_correspondence(sd15, cove, guide,
 
 
 def cut_out(cove, correspondence, top, left, height, width):
-    """Part of a correspondence, token by token; what lies outside comes to the nearest token inside."""
+    """Return part of a correspondence, token by token; matches outside move to the nearest token inside."""
 
     def part(link):
         rows = []
@@ -204,7 +206,7 @@ def cut_out(cove, correspondence, top, left, height, width):
     return cove.correspondence.Correspondence(*both, height, width, correspondence.window)
 
 
-def test_masks_and_combined_prompts_mix_what_each_gives_alone(comfy, sd15, guide, matches):
+def test_correspondence_attention_mixes_masked_and_combined_prompts_like_the_host(comfy, sd15, guide, matches):
     model = guide(sd15, matches())
     one, two, three = (predict(model, latents(), prompt(seed)) for seed in (1, 2, 3))
     mask = torch.zeros(1, HEIGHT * 8, WIDTH * 8)
@@ -223,7 +225,7 @@ def test_masks_and_combined_prompts_mix_what_each_gives_alone(comfy, sd15, guide
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_loses_no_more_than_plain_attention_does(sd15, guide, matches, dtype):
+def test_correspondence_attention_in_half_precision_is_as_exact_as_plain_attention(sd15, guide, matches, dtype):
     def error(model):
         half = model.clone()
         half.set_model_compute_dtype(dtype)
@@ -238,9 +240,9 @@ def test_half_precision_loses_no_more_than_plain_attention_does(sd15, guide, mat
 # --- frames ---
 
 
-def test_core_context_windows_are_guided_by_their_frames(comfy, sd15, cove, guide, matches, recorded):
+def test_correspondence_attention_uses_the_matches_of_a_window(comfy, sd15, cove, guide, matches, recorded):
     correspondence = matches(frames=5)
-    # after and before our node
+    # Windows after and before our node.
     plain = {"context_length": 3, "causal_window_fix": False}
     after = windowed(guide(sd15, correspondence), **plain)
     got = predict(after, latents(5), prompt(1), prompt(2), cfg=2.0)
@@ -253,7 +255,7 @@ def test_core_context_windows_are_guided_by_their_frames(comfy, sd15, cove, guid
     before = guide(windowed(sd15, **plain), correspondence)
     assert torch.equal(predict(before, latents(5), prompt(1), prompt(2), cfg=2.0), got)
 
-    # AnimateDiff-Evolved cuts the same windows in a wrapper of its own, inside of ours or around it
+    # AnimateDiff-Evolved cuts the same windows in its own wrapper, inside or around ours.
     def evolved(executor, model, conds, x, timestep, model_options):
         total, count = [torch.zeros_like(x) for _ in conds], torch.zeros(len(x), 1, 1, 1)
         for frames in windows:
@@ -274,13 +276,13 @@ def test_core_context_windows_are_guided_by_their_frames(comfy, sd15, cove, guid
 
 
 @pytest.mark.parametrize("settings", [{"start_percent": 1.0}, {"end_percent": 0.0}])
-def test_outside_its_part_of_sampling_it_is_not_there(sd15, guide, matches, settings):
+def test_correspondence_attention_outside_its_percents_is_the_plain_model(sd15, guide, matches, settings):
     assert torch.equal(
         predict(guide(sd15, matches(), **settings), latents(), prompt(1)), predict(sd15, latents(), prompt(1))
     )
 
 
-def test_it_is_there_from_start_to_end(sd15, guide, matches):
+def test_correspondence_attention_is_active_from_start_to_end_percent(sd15, guide, matches):
     sampling = sd15.get_model_object("model_sampling")
     part = guide(sd15, matches(), start_percent=0.25, end_percent=0.75)
     whole = guide(sd15, matches())
@@ -291,7 +293,7 @@ def test_it_is_there_from_start_to_end(sd15, guide, matches):
         assert torch.equal(got, guided if there else plain)
 
 
-def test_one_frame_is_left_as_it_is(sd15, guide, matches):
+def test_correspondence_attention_of_one_frame_is_the_plain_model(sd15, guide, matches):
     one = latents(frames=1)
     assert torch.equal(predict(guide(sd15, matches(frames=1)), one, prompt(1)), predict(sd15, one, prompt(1)))
 
@@ -299,7 +301,7 @@ def test_one_frame_is_left_as_it_is(sd15, guide, matches):
 # --- no trace, no sharing ---
 
 
-def test_models_share_nothing_and_leave_no_trace(sd15, guide, matches):
+def test_correspondence_attention_models_share_nothing_and_leave_no_trace(sd15, guide, matches):
     before = predict(sd15, latents(), prompt(1))
     state = state_of(sd15)
     random = torch.random.get_rng_state()
@@ -312,8 +314,8 @@ def test_models_share_nothing_and_leave_no_trace(sd15, guide, matches):
     assert torch.equal(torch.random.get_rng_state(), random)
 
 
-def test_nodes_after_it_take_the_patch_along_without_copying_it(sd15, guide, matches):
-    """MODEL.clone() copies its options deeply."""
+def test_correspondence_attention_survives_clones_without_copying_the_matches(sd15, guide, matches):
+    """MODEL.clone() makes a deep copy of its options."""
     correspondence = matches()
     guided = guide(sd15, correspondence)
     clone = copy.copy(guided.clone()).clone()
@@ -321,7 +323,7 @@ def test_nodes_after_it_take_the_patch_along_without_copying_it(sd15, guide, mat
     assert torch.equal(predict(clone, latents(), prompt(1)), predict(guided, latents(), prompt(1)))
 
 
-def test_perturbed_attention_guidance_works_beside_it(comfy, sd15, guide, matches):
+def test_correspondence_attention_works_with_perturbed_attention_guidance(comfy, sd15, guide, matches):
     from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 
     guided = guide(sd15, matches())
@@ -333,8 +335,8 @@ def test_perturbed_attention_guidance_works_beside_it(comfy, sd15, guide, matche
     assert torch.equal(predict(before, latents(), prompt(1), prompt(2), cfg=2.0), got)
 
 
-def test_weights_that_are_not_resident_change_nothing(comfy, sd15, guide, matches, monkeypatch):
-    """Low memory: weights come to the device layer by layer, after the patch was made."""
+def test_correspondence_attention_is_independent_of_weight_offloading(comfy, sd15, guide, matches, monkeypatch):
+    """With low memory, weights move to the device layer by layer, after patching."""
     import comfy.model_management as management
 
     expected = predict(guide(sd15, matches()), latents(), prompt(1))
@@ -348,8 +350,8 @@ def test_weights_that_are_not_resident_change_nothing(comfy, sd15, guide, matche
     assert torch.equal(got, expected)
 
 
-def test_frames_together_do_not_take_the_fallback_for_cpus(host_module, monkeypatch):
-    """ComfyUI's sub-quadratic attention takes twice the time; one that was asked for is left, and so is one frame."""
+def test_attend_with_avoids_sub_quadratic_attention_for_joint_frames(host_module, monkeypatch):
+    """ComfyUI's sub-quadratic attention takes twice the time; it is kept if requested, and for single frames."""
     from comfy.cli_args import args
     from comfy.ldm.modules import attention
 

@@ -1,4 +1,4 @@
-"""Inversion, Store Features and Feature Injection beside other nodes on a model, full disks and unusual prompts."""
+"""Inversion, Store Features and Feature Injection with other nodes on the model, full disks and unusual prompts."""
 
 import gc
 
@@ -28,8 +28,8 @@ def run_fingerprint(host_module, model, conditioning=None):
     )
 
 
-def test_run_fingerprint_tells_patches_at_one_address_apart(comfy, small, host_module):
-    """The host drops a node's output before it makes the next, which may then lie where the first one lay."""
+def test_run_fingerprint_distinguishes_patches_at_one_address(comfy, small, host_module):
+    """The host frees a node's output before the next run, whose output may then have the same address."""
     from comfy_extras.nodes_freelunch import FreeU
 
     seen, addresses = [], []
@@ -57,8 +57,8 @@ def lora(model, seed, strength=1.0):
     return model
 
 
-def test_run_fingerprint_is_that_of_the_content_of_a_lora(small, host_module):
-    """The host gives patches a random name each time, also to the same ones after a crash."""
+def test_run_fingerprint_depends_on_the_content_of_a_lora(small, host_module):
+    """The host names patches randomly, so the names of equal patches differ after a crash."""
     one = run_fingerprint(host_module, lora(small, 1))
     assert run_fingerprint(host_module, lora(small, 1)) == one
     assert one not in {
@@ -86,7 +86,7 @@ def test_ddim_inversion_completes_on_a_full_disk(small, nodes, pack, monkeypatch
     assert "could not be kept for resuming" in caplog.text
 
 
-def test_nodes_that_write_files_report_a_full_disk(small, nodes, pack, monkeypatch):
+def test_save_nodes_report_a_full_disk(small, nodes, pack, monkeypatch):
     _, whole = invert(nodes, small)
     features, _ = call(nodes["DiffusionFeatures"], model=small, latent=latents())
     (correspondence,) = call(nodes["Correspondence"], features=features, window=3)
@@ -100,7 +100,7 @@ def test_nodes_that_write_files_report_a_full_disk(small, nodes, pack, monkeypat
             run()
 
 
-def test_store_features_stores_the_source_where_guidance_runs_the_unet_again(comfy, small, nodes):
+def test_store_features_stores_the_source_if_guidance_runs_the_unet_again(comfy, small, nodes):
     from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 
     perturbed = run_stock(PerturbedAttentionGuidance, small, 3.0)[0]
@@ -116,7 +116,7 @@ def test_store_features_stores_the_source_where_guidance_runs_the_unet_again(com
 
 
 @pytest.mark.parametrize("free", [1 << 40, 0], ids=["together", "one after another"])
-def test_two_source_prompts_are_refused_together_and_one_by_one(comfy, small, nodes, monkeypatch, free):
+def test_store_features_and_injection_refuse_two_source_prompts(comfy, small, nodes, monkeypatch, free):
     two = [*prompt(1), *prompt(2)]
     set_free_memory(monkeypatch, free)
     noise, inversion = invert(nodes, small, two)
@@ -126,7 +126,7 @@ def test_two_source_prompts_are_refused_together_and_one_by_one(comfy, small, no
         sample(nodes, inject(nodes, small, inversion, conditioning=two, **ALL), noise)
 
 
-def test_feature_injection_crops_an_area_past_the_edge_as_the_host_does(small, nodes):
+def test_feature_injection_crops_an_area_past_the_edge_like_the_host(small, nodes):
     _, inversion = invert(nodes, small)
     height, width = latents()["samples"].shape[-2:]
     injected = inject(nodes, small, inversion, **ALL)
@@ -166,7 +166,7 @@ def test_feature_injection_refuses_nodes_that_change_the_tokens(comfy, small, no
         sample(nodes, inject(nodes, model, inversion, **ALL), noise)
 
 
-def test_load_inversion_does_not_list_a_link_to_nowhere(nodes, base):
+def test_load_inversion_does_not_list_a_broken_link(nodes, base):
     folder = base / "output" / "cove"
     folder.mkdir(parents=True, exist_ok=True)
     link = folder / "gone.inversion.safetensors"
@@ -182,7 +182,7 @@ def test_load_inversion_does_not_list_a_link_to_nowhere(nodes, base):
 
 
 def with_hooks(model, conditioning):
-    """The CONDITIONING with a LoRA on it, as hooks."""
+    """Return the CONDITIONING with a LoRA attached as hooks."""
     import comfy.hooks
 
     hook, name = comfy.hooks.WeightHook(1.0, 1.0), "diffusion_model.input_blocks.1.0.in_layers.2.weight"
@@ -195,7 +195,7 @@ def with_hooks(model, conditioning):
 
 
 def test_feature_injection_refuses_hooks_of_a_source_prompt(comfy, small, nodes):
-    """They would be lost silently."""
+    """Hooks would be ignored silently."""
     source = with_hooks(small, prompt(1))
     noise, inversion = invert(nodes, small, source)
     model = inject(nodes, small, inversion, conditioning=source, **ALL)
@@ -244,7 +244,7 @@ def test_reconstruction_check_refuses_frames_too_small_for_ssim(nodes):
         call(nodes["ReconstructionCheck"], source=frames, reconstruction=frames)
 
 
-def test_store_features_stores_what_feature_injection_recomputes_with_attention_on(small, nodes):
+def test_store_features_matches_recomputed_features_with_correspondence_attention(small, nodes):
     guided = guide(nodes, small)
     noise, inversion = invert(nodes, guided)
     stored = store(nodes, guided, inversion)

@@ -10,7 +10,7 @@ from tests.random_models import FAMILIES
 
 @pytest.fixture
 def guide(nodes):
-    """MODEL, LATENT, attention level -> MODEL out of Features, Correspondence and Correspondence Attention."""
+    """MODEL, LATENT, attention level -> MODEL with Correspondence Attention on matches of its own features."""
 
     def guided(model, latent, attention_level=0):
         features, _ = call(nodes["DiffusionFeatures"], model=model, latent=latent, attention_level=attention_level)
@@ -43,7 +43,7 @@ def sample(nodes):
 
 
 def distance(one, other) -> float:
-    """Root of the mean squared difference of two LATENTs over the spread of the first."""
+    """Return the root mean squared difference of two LATENTs, relative to the first's standard deviation."""
     one, other = one["samples"], other["samples"]
     return float((one - other).square().mean().sqrt() / one.std())
 
@@ -55,7 +55,7 @@ def distance(one, other) -> float:
     ("kind", "size", "attention_level"),
     [("sd15", (13, 7), 1), ("sd21", (5, 7), 0), ("sd21v", (7, 5), 0), ("sdxl", (7, 13), 0)],
 )
-def test_chain_runs_on_every_family(load, guide, invert, sample, kind, size, attention_level):
+def test_ddim_sampler_runs_the_whole_chain_on_every_family(load, guide, invert, sample, kind, size, attention_level):
     with torch.inference_mode():
         model, latent = load(kind), latents(2, *size)
         state = state_of(model)
@@ -74,24 +74,24 @@ def test_chain_runs_on_every_family(load, guide, invert, sample, kind, size, att
         assert state_of(model) == state
 
 
-def test_every_family_is_run():
+def test_families_are_all_in_the_chain():
     assert set(FAMILIES) == {"sd15", "sd21", "sd21v", "sdxl"}
 
 
-def test_inversion_and_sampling_give_the_clip_back(sd15, guide, invert, sample):
-    """Closer with every refinement."""
+def test_ddim_sampler_reconstructs_the_inverted_clip(sd15, guide, invert, sample):
+    """Every refinement reduces the error."""
     latent = latents()
     guided = guide(sd15, latent)
     lost = []
     for refinements in (0, 1, 3):
         noise = invert(guided, prompt(1), latent, 5, refinements=refinements)
-        assert noise["samples"].std() > 20  # noise of the size that sampling starts from, in the autoencoder's scale
+        assert noise["samples"].std() > 20  # the scale of initial noise, in the autoencoder's units
         lost.append(distance(latent, sample(guided, prompt(1), prompt(2), noise)))
     assert lost[1] < lost[0] / 2 and lost[2] < lost[1] / 2 and lost[2] < 0.05
 
 
-def test_ddim_sampler_starts_where_a_finer_inversion_ended(sd15, invert, sample):
-    """It loses more than an inversion of the very steps that sampling takes."""
+def test_ddim_sampler_starts_at_the_end_of_a_finer_inversion(sd15, invert, sample):
+    """The error is larger than after an inversion with the steps of sampling."""
     latent, lost = latents(), []
     for multiple in (1, 3):
         noise = invert(sd15, prompt(1), latent, 3, multiple=multiple, refinements=3)
@@ -103,7 +103,7 @@ def test_ddim_sampler_starts_where_a_finer_inversion_ended(sd15, invert, sample)
 # --- the stock counterparts ---
 
 
-def test_sampler_equals_its_parts_and_cores_euler(comfy, sd15, nodes, guide, invert, sample):
+def test_ddim_sampler_matches_ddim_sampler_select_and_cores_euler(comfy, sd15, nodes, guide, invert, sample):
     from comfy_extras import nodes_custom_sampler as custom
 
     latent = latents()
@@ -124,7 +124,7 @@ def test_sampler_equals_its_parts_and_cores_euler(comfy, sd15, nodes, guide, inv
     assert_close(sigmas, torch.cat((sd15.get_model_object("model_sampling").sigmas[[667, 334, 1]], torch.zeros(1))))
 
 
-def test_running_twice_gives_the_same_and_touches_no_random_state(sd15, guide, invert, sample):
+def test_ddim_inversion_and_sampler_are_deterministic_and_keep_the_random_state(sd15, guide, invert, sample):
     random = torch.random.get_rng_state()
     latent = latents()
 
@@ -137,7 +137,7 @@ def test_running_twice_gives_the_same_and_touches_no_random_state(sd15, guide, i
     assert torch.equal(latent["samples"], latents()["samples"])
 
 
-def test_latent_keeps_what_else_it_carries(sd15, invert, sample):
+def test_ddim_inversion_and_sampler_keep_other_keys_of_a_latent(sd15, invert, sample):
     latent = latents() | {"batch_index": [4, 5, 6]}
     noise = invert(sd15, prompt(1), latent, 1, refinements=0)
     assert noise["batch_index"] == [4, 5, 6]
@@ -148,7 +148,7 @@ def test_latent_keeps_what_else_it_carries(sd15, invert, sample):
 # --- ControlNet ---
 
 
-def test_controlnet_takes_one_hint_a_frame(sd15, guide, invert, sample, control):
+def test_ddim_inversion_and_sampler_apply_controlnet_hints_per_frame(sd15, guide, invert, sample, control):
     latent = latents()
     guided = guide(sd15, latent)
 
@@ -166,8 +166,8 @@ def test_controlnet_takes_one_hint_a_frame(sd15, guide, invert, sample, control)
     assert torch.equal(zero["samples"], plain["samples"])
 
 
-def test_every_frame_gets_its_own_hint(sd15, control):
-    """Without guidance frames are apart: each answers to its own hint alone."""
+def test_predict_with_a_controlnet_uses_each_frames_own_hint(sd15, control):
+    """Without Correspondence Attention frames are independent, and each follows its own hint."""
     together = predict(sd15, latents(), control(prompt(1), hints()), prompt(2), cfg=2.0)
     for frame in range(FRAMES):
         one = {"samples": latents()["samples"][frame : frame + 1]}
@@ -178,7 +178,7 @@ def test_every_frame_gets_its_own_hint(sd15, control):
 # --- progress and interrupts ---
 
 
-def test_progress_and_preview_come_at_every_step(comfy, sd15, invert, sample, monkeypatch):
+def test_ddim_inversion_and_sampler_report_progress_and_preview_at_every_step(comfy, sd15, invert, sample, monkeypatch):
     import comfy.utils
     import latent_preview
 
@@ -200,7 +200,9 @@ def test_progress_and_preview_come_at_every_step(comfy, sd15, invert, sample, mo
 
 
 @pytest.mark.parametrize(("node", "step"), [("inversion", 3), ("sampler", 2)])
-def test_interrupt_stops_after_the_step_and_leaves_nothing(comfy, sd15, guide, invert, sample, monkeypatch, node, step):
+def test_ddim_inversion_and_sampler_leave_no_trace_after_an_interrupt(
+    comfy, sd15, guide, invert, sample, monkeypatch, node, step
+):
     import comfy.model_management as management
     import comfy.utils
 

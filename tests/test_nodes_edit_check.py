@@ -1,4 +1,4 @@
-"""Edit Check: what it says of clips whose steadiness is known, with a small CLIP of random weights, and its errors."""
+"""Edit Check: its report on clips of known flicker, with a small CLIP of random weights, and its errors."""
 
 import importlib.util
 import json
@@ -17,7 +17,7 @@ FRAMES, HEIGHT, WIDTH = 11, 31, 43
 
 
 def filled(module):
-    """The same module with random weights: ComfyUI's come with whatever lay in memory."""
+    """Return the module with random weights; ComfyUI leaves them uninitialised."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -28,7 +28,7 @@ def filled(module):
 
 @pytest.fixture(scope="module")
 def clip_vision(comfy, tmp_path_factory):
-    """Width -> a small CLIP Vision model that gives so many numbers a picture."""
+    """Width -> a small CLIP Vision model with image embeddings of this width."""
     from comfy.clip_vision import ClipVisionModel
 
     @cache
@@ -46,7 +46,7 @@ def clip_vision(comfy, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def text(comfy, base, models):
-    """Kind of a random checkpoint -> its CLIP, out of the stock loader."""
+    """Kind of a random checkpoint -> its CLIP, from the stock loader."""
     import comfy.sd
 
     @cache
@@ -59,14 +59,14 @@ def text(comfy, base, models):
 
 @pytest.fixture(scope="module")
 def moving():
-    """A smooth random texture that moves by two pixels a frame."""
+    """A smooth random texture that moves two pixels per frame."""
     texture = F.interpolate(randn(1, 3, 13, 17), size=(HEIGHT, WIDTH + 2 * FRAMES), mode="bicubic")[0].movedim(0, -1)
     texture = (0.5 + 0.1 * texture).clamp(0.1, 0.9)
     return torch.stack([texture[:, 2 * frame : 2 * frame + WIDTH] for frame in range(FRAMES)])
 
 
 def numbers(report: str) -> dict[str, list[str]]:
-    """Columns of the table by name."""
+    """Return the columns of the report's table by name."""
     names, *lines = report.split("\n\n")[1].splitlines()
     heads = ["frame", *(name for name in COLUMNS if name in names)]
     rows = [line.split() for line in lines]
@@ -77,7 +77,7 @@ def numbers(report: str) -> dict[str, list[str]]:
 COLUMNS = ("PSNR", "SSIM", "warping error", "of the source", "CLIP, next frame", "CLIP, prompt")
 
 
-def test_flicker_is_told_from_an_edit_that_is_steady(nodes, moving, lines):
+def test_edit_check_distinguishes_flicker_from_a_steady_edit(nodes, moving, lines):
     steady, flickering = 0.9 * moving, moving + 0.1 * (torch.arange(FRAMES) % 2)[:, None, None, None]
     plot, report = call(nodes["EditCheck"], source=moving, edited=steady)
     assert report.startswith("Motion taken out, frames differ 0.81 times as much as the source's own do.")
@@ -92,7 +92,7 @@ def test_flicker_is_told_from_an_edit_that_is_steady(nodes, moving, lines):
 
 
 @pytest.mark.parametrize(("kind", "width"), [("sd21", 1024), ("sdxl", 1280)])
-def test_clip_compares_each_frame_with_the_next_and_with_the_prompt(nodes, moving, clip_vision, text, kind, width):
+def test_edit_check_compares_clip_embeddings_of_neighbours_and_prompt(nodes, moving, clip_vision, text, kind, width):
     edited = moving.clone()
     edited[1] = edited[0]
     wires = {"clip_vision": clip_vision(width), "clip": text(kind), "prompt": "a red boat"}
@@ -113,7 +113,7 @@ def test_clip_compares_each_frame_with_the_next_and_with_the_prompt(nodes, movin
     assert numbers(other)["CLIP, prompt"] != found["CLIP, prompt"]
 
 
-def test_bar_counts_pairs_and_frames(nodes, moving, clip_vision, monkeypatch):
+def test_edit_check_progress_counts_pairs_and_frames(nodes, moving, clip_vision, monkeypatch):
     import comfy.utils
 
     seen = []
@@ -124,7 +124,7 @@ def test_bar_counts_pairs_and_frames(nodes, moving, clip_vision, monkeypatch):
     assert seen == [(done, total) for done in (8, FRAMES, *range(FRAMES + 1, total + 1))]
 
 
-def test_what_does_not_go_together_is_refused(nodes, moving, clip_vision, text):
+def test_edit_check_refuses_mismatched_inputs(nodes, moving, clip_vision, text):
     check = {"source": moving, "edited": moving}
     with refused("Edit Check", f"source is {FRAMES} frames of {WIDTH}x{HEIGHT}", "edited is 2 frames", "same frames"):
         call(nodes["EditCheck"], **check | {"edited": moving[:2]})
@@ -139,7 +139,7 @@ def test_what_does_not_go_together_is_refused(nodes, moving, clip_vision, text):
         call(nodes["EditCheck"], **check, clip_vision=clip_vision(24), **words)
 
 
-def test_missing_libraries_are_named_before_any_work(nodes, moving, monkeypatch):
+def test_edit_check_names_missing_libraries_first(nodes, moving, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with refused("Edit Check", "pip install opencv-python-headless matplotlib"):
         call(nodes["EditCheck"], source=moving, edited=moving)

@@ -1,4 +1,4 @@
-"""Bad input: each error names the node, what came, what was expected, and how to mend it."""
+"""Bad input: every error names the node, the expected and the received value, and the remedy."""
 
 import asyncio
 
@@ -12,7 +12,7 @@ ATTENTION = "Correspondence Attention"
 
 @pytest.fixture
 def correspondence(cove):
-    """(frames, height, width) -> a correspondence of tokens that stay where they are."""
+    """(frames, height, width) -> a correspondence of tokens that do not move."""
 
     def still(frames=FRAMES, height=5, width=7):
         links = torch.arange(height * width, dtype=torch.int32)[None, :, None].expand(frames - 1, -1, -1)
@@ -23,7 +23,7 @@ def correspondence(cove):
 
 @pytest.fixture
 def guide(nodes, correspondence):
-    """MODEL -> MODEL out of Correspondence Attention."""
+    """MODEL -> MODEL patched by Correspondence Attention."""
     return lambda model, found=None: call(
         nodes["CorrespondenceAttention"], model=model, correspondence=found or correspondence()
     )[0]
@@ -54,7 +54,7 @@ def sample(nodes):
 
 @pytest.fixture(scope="session")
 def extra(comfy, host):
-    """File and class of an extra node of the host -> the class, loaded the way the server loads it."""
+    """File and class of an extra node of the host -> the class, loaded like in the server."""
     import nodes
 
     def loaded(file: str, name: str):
@@ -66,7 +66,7 @@ def extra(comfy, host):
 
 
 def applied(node, *arguments):
-    """MODEL out of an extra node of the host."""
+    """Return MODEL patched by an extra node of the host."""
     return run_stock(node, *arguments)[0]
 
 
@@ -92,18 +92,18 @@ def test_nodes_refuse_a_transformer_model(comfy, nodes, correspondence):
             call(nodes[node], model=model, inversion=None)
 
 
-def test_features_of_a_model_that_is_guided_already(sd15, nodes, guide):
+def test_diffusion_features_refuse_a_model_with_correspondence_attention(sd15, nodes, guide):
     with refused("Diffusion Features", "without Correspondence Attention", "Connect the model from before that node"):
         call(nodes["DiffusionFeatures"], model=guide(sd15), latent=latents())
 
 
 @pytest.mark.parametrize("name", ["level", "attention_level"])
-def test_level_that_the_model_has_not(sd15, nodes, name):
+def test_diffusion_features_refuse_a_level_the_model_lacks(sd15, nodes, name):
     with refused("Diffusion Features", f"`{name}` must be 0 to 1"):
         call(nodes["DiffusionFeatures"], model=sd15, latent=latents(), **{name: 2})
 
 
-def test_self_attention_replaced_twice(comfy, sd15, guide, extra):
+def test_correspondence_attention_refuses_attention_replaced_by_another_node(comfy, sd15, guide, extra):
     guidance = extra("nodes_sag", "SelfAttentionGuidance")
     wrong = ("already replaced by", "remove the other")
     with refused(ATTENTION, *wrong, "second Correspondence Attention"):
@@ -118,7 +118,7 @@ def test_self_attention_replaced_twice(comfy, sd15, guide, extra):
         predict(overwritten, latents(), prompt(1))
 
 
-def test_number_of_tokens_changed(comfy, sd15, guide, extra):
+def test_correspondence_attention_refuses_tome_and_hypertile(comfy, sd15, guide, extra):
     for node, settings, title in (
         (extra("nodes_tomesd", "TomePatchModel"), (0.3,), "Patch ToMe"),
         (extra("nodes_hypertile", "HyperTile"), (256, 2, 0, False), "HyperTile"),
@@ -130,19 +130,19 @@ def test_number_of_tokens_changed(comfy, sd15, guide, extra):
             predict(applied(node, guide(sd15), *settings), latents(), prompt(1))
 
 
-def test_number_of_tokens_changed_by_a_node_that_nobody_knows(comfy, sd15, guide, extra):
+def test_correspondence_attention_refuses_a_changed_number_of_tokens(comfy, sd15, guide, extra):
     dropping = guide(sd15)
     dropping.set_model_attn1_patch(lambda query, key, value, options: (query[:, 1:], key, value))
     with refused(ATTENTION, "expected a grid of 5x7 tokens, got 34 tokens", "Remove it"):
         predict(dropping, latents(), prompt(1))
     shrink = extra("nodes_model_downscale", "PatchModelAddDownscale")
-    for block, after_skip, got in ((1, False, "1x2"), (2, True, "2x2")):  # all, or coarser grids only
+    for block, after_skip, got in ((1, False, "1x2"), (2, True, "2x2")):  # all grids, or only coarser ones
         shrunk = applied(shrink, guide(sd15), block, 2.0, 0.0, 1.0, after_skip, "bicubic", "bicubic")
         with refused(ATTENTION, f"expected a grid of 3x4 tokens, got {got}", "Deep Shrink", "Remove it"):
             predict(shrunk, latents(), prompt(1))
 
 
-def test_batch_cut_by_another_node(sd15, guide):
+def test_correspondence_attention_refuses_a_cut_batch(sd15, guide):
     def first_frame(apply_model, arguments):
         return apply_model(arguments["input"][:1], arguments["timestep"][:1], **arguments["c"])
 
@@ -152,17 +152,17 @@ def test_batch_cut_by_another_node(sd15, guide):
         predict(model, latents(), prompt(1))
 
 
-# --- clips that do not fit one another ---
+# --- mismatched clips ---
 
 
 @pytest.mark.parametrize(("window", "k", "wrong"), [(4, 3, ("odd", "got 4")), (3, 5, ("smallest", "4", "5"))])
-def test_window_and_k(nodes, found_from, window, k, wrong):
+def test_correspondence_refuses_invalid_window_and_k(nodes, found_from, window, k, wrong):
     features = torch.randn(FRAMES, 5, 7, 11)
     with refused("Correspondence", *wrong):
         call(nodes["Correspondence"], features=found_from(features), window=window, k=k)
 
 
-def test_latents_of_other_frames_or_size_than_the_correspondence(sd15, guide, correspondence, invert):
+def test_correspondence_attention_refuses_latents_of_other_frames_or_size(sd15, guide, correspondence, invert):
     with refused(ATTENTION, "of 3 frames", "got 4", "same frames"):
         invert(guide(sd15), latents(4))
     with refused(ATTENTION, "grid of 5x7 tokens", "latents of 7x5", "7x5, 4x3", "latents of the same size"):
@@ -171,7 +171,7 @@ def test_latents_of_other_frames_or_size_than_the_correspondence(sd15, guide, co
         predict(guide(sd15, correspondence(FRAMES, 10, 14)), latents(), prompt(1))
 
 
-def test_latents_of_another_kind_of_model(sd15, invert, nodes):
+def test_ddim_inversion_and_features_refuse_latents_of_another_model(sd15, invert, nodes):
     for samples in (torch.randn(FRAMES, 16, 5, 7), torch.randn(1, 4, FRAMES, 5, 7)):
         wrong = ("expected latents [frames, 4, height, width]", str(list(samples.shape)), "VAE of the same checkpoint")
         with refused("DDIM Inversion", *wrong):
@@ -195,14 +195,14 @@ def test_nodes_refuse_hints_of_other_frames(sd15, guide, control, invert, sample
         invert(sd15, conditioning=three_before_two)
 
 
-def test_features_of_a_model_with_motion_modules(sd15, nodes):
+def test_diffusion_features_refuse_motion_modules(sd15, nodes):
     model = sd15.clone()
     model.set_model_forward_timestep_embed_patch([object, lambda layer, x, *_: layer(x)])
     with refused("Diffusion Features", "without motion modules (AnimateDiff)", "Connect the checkpoint's MODEL"):
         call(nodes["DiffusionFeatures"], model=model, latent=latents())
 
 
-# --- inversion and sampling that do not meet ---
+# --- mismatched inversion and sampling ---
 
 
 @pytest.mark.parametrize(("steps", "multiple"), [(1000, 1), (500, 2), (50, 20)])
@@ -258,7 +258,7 @@ def test_nodes_refuse_latents_that_are_not_finite(sd15, nodes, invert, sample, v
         call(nodes["DiffusionFeatures"], model=sd15, latent=broken)
 
 
-def test_ddim_inversion_and_sampler_stop_at_the_step_that_gave_nan(comfy, sd15, guide, invert, sample):
+def test_ddim_inversion_and_sampler_stop_at_the_step_of_a_nan(comfy, sd15, guide, invert, sample):
     steps = []
 
     def break_second_step(seen):
@@ -277,7 +277,7 @@ def test_ddim_inversion_and_sampler_stop_at_the_step_that_gave_nan(comfy, sd15, 
     assert len(steps) == 2
 
 
-def test_nan_in_features(sd15, nodes):
+def test_diffusion_features_refuse_nan(sd15, nodes):
     def broken(apply_model, arguments):
         return apply_model(arguments["input"] * torch.nan, arguments["timestep"], **arguments["c"])
 

@@ -1,4 +1,4 @@
-"""Diffusion Features in a real UNet: what is taken, where, and that nothing else changes it."""
+"""Diffusion Features in a real UNet: captured features, settings, interrupts and errors."""
 
 import pytest
 import torch
@@ -19,8 +19,8 @@ def take(nodes):
     return taken
 
 
-def test_features_are_the_decoders_hidden_state_of_the_noised_latents(comfy, sd15, take):
-    """Eq. 4, spelled out with the UNet itself."""
+def test_diffusion_features_are_the_decoders_hidden_state_of_noised_latents(comfy, sd15, take):
+    """Eq. 4, computed with the UNet directly."""
     latent, timestep = latents(), 261
     seen = []
     head = sd15.model.diffusion_model.out[0]
@@ -38,7 +38,7 @@ def test_features_are_the_decoders_hidden_state_of_the_noised_latents(comfy, sd1
     assert_close(got, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_batch_size_changes_nothing_and_every_other_setting_does(sd15, take):
+def test_diffusion_features_depend_on_every_setting_but_batch_size(sd15, take):
     plain = take(sd15)
     assert_close(take(sd15, batch_size=2), plain, rtol=1e-4, atol=1e-5)
     for settings in ({"seed": 1}, {"ensemble": 2}, {"timestep": 30}, {"conditioning": prompt(1)}):
@@ -47,7 +47,7 @@ def test_batch_size_changes_nothing_and_every_other_setting_does(sd15, take):
 
 
 @pytest.mark.parametrize(("level", "attention_level", "shape"), [(1, 0, (7, 13, 640)), (0, 1, (4, 7, 320))])
-def test_levels_choose_block_and_grid(sd15, take, nodes, level, attention_level, shape):
+def test_diffusion_features_level_selects_block_and_grid(sd15, take, nodes, level, attention_level, shape):
     latent = latents(2, 7, 13)
     settings = {"level": level, "attention_level": attention_level}
     features, picture = call(nodes["DiffusionFeatures"], model=sd15, latent=latent, **settings)
@@ -56,15 +56,15 @@ def test_levels_choose_block_and_grid(sd15, take, nodes, level, attention_level,
     assert picture.shape == (2, 56, 104, 3) and 0 <= picture.min() and picture.max() <= 1
 
 
-def test_same_noise_does_not_come_twice(sd15, take):
-    """Noise shared between frames would be matched instead of the frames."""
+def test_diffusion_features_draw_new_noise_for_each_frame(sd15, take):
+    """With shared noise, matching would compare noise instead of frames."""
     still = {"samples": latents(1)["samples"].expand(2, -1, -1, -1)}
     first, second = take(sd15, still)
     assert (first - second).abs().mean() > 1e-3
 
 
-def test_guiders_windows_and_parts_of_the_conditioning_change_nothing(comfy, sd15, take):
-    """What is made for sampling must not run the UNet twice, in pieces, or on a part of the picture."""
+def test_diffusion_features_ignore_guidance_context_windows_and_areas(comfy, sd15, take):
+    """Patches for sampling must not run the UNet twice, in windows, or on part of the picture."""
     from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 
     expected = take(sd15, conditioning=prompt(1))
@@ -80,7 +80,7 @@ def test_guiders_windows_and_parts_of_the_conditioning_change_nothing(comfy, sd1
     assert torch.equal(take(sd15, conditioning=area), expected)
 
 
-def test_one_frame_is_enough(sd15, take, nodes, found_from):
+def test_diffusion_features_accept_one_frame(sd15, take, nodes, found_from):
     wire = found_from(take(sd15, latents(1)))
     (correspondence,) = call(nodes["Correspondence"], features=wire, window=3)
     assert correspondence.frames == 1
@@ -91,7 +91,7 @@ class Broken(Exception):
 
 
 @pytest.mark.parametrize(("end", "batch"), [("error", 2), ("interrupt", 3)])
-def test_what_stops_it_leaves_nothing_behind(comfy, sd15, take, monkeypatch, end, batch):
+def test_diffusion_features_leave_no_trace_after_an_error_or_interrupt(comfy, sd15, take, monkeypatch, end, batch):
     import comfy.model_management as management
     import comfy.utils
 
@@ -115,7 +115,7 @@ def test_what_stops_it_leaves_nothing_behind(comfy, sd15, take, monkeypatch, end
     assert torch.equal(torch.random.get_rng_state(), random)
 
 
-def test_error_inside_the_unet_removes_the_hook(sd15, take):
+def test_diffusion_features_remove_the_hook_after_an_error_in_the_unet(sd15, take):
     def broken(apply_model, arguments):
         apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
         raise Broken
@@ -128,7 +128,7 @@ def test_error_inside_the_unet_removes_the_hook(sd15, take):
     assert state_of(model) == state
 
 
-def test_refine_compares_with_the_token_itself(comfy, nodes, cove, found_from, monkeypatch):
+def test_correspondence_refine_matches_reference(comfy, nodes, cove, found_from, monkeypatch):
     import comfy.utils
 
     told = []
@@ -151,8 +151,8 @@ def test_refine_compares_with_the_token_itself(comfy, nodes, cove, found_from, m
     assert torch.equal(sharp.pairs, found.pairs) and paper.pairs is None
 
 
-def test_presets_set_what_is_not_set(sd15, nodes):
-    """Sharp: level 1 and eight draws; paper: one draw. A number replaces one value of it."""
+def test_diffusion_features_presets_fill_unset_values(sd15, nodes):
+    """Sharp: level 1 and eight noise draws; paper: one draw. A number overrides one value of the preset."""
 
     def tokens(**settings):
         return call(nodes["DiffusionFeatures"], model=sd15, latent=latents(1), **settings)[0].tokens
@@ -163,7 +163,7 @@ def test_presets_set_what_is_not_set(sd15, nodes):
     assert tokens(preset="paper", level=0).shape[-1] == 320 and tokens(preset="paper").shape[-1] == 640
 
 
-def test_correspondence_tells_its_progress_and_stops_when_asked(comfy, nodes, found_from, monkeypatch):
+def test_correspondence_reports_progress_and_stops_on_interrupt(comfy, nodes, found_from, monkeypatch):
     import comfy.model_management as management
     import comfy.utils
 

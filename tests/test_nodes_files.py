@@ -1,160 +1,37 @@
-"""Names of files: nothing is read or written outside of ComfyUI's folders, and lists are cheap to make."""
+"""File names in the nodes: nothing outside ComfyUI's folders is read or written, and listing files is cheap."""
 
-import ctypes
 import os
 import shutil
 import sys
 import time
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from cove.correspondence import Correspondence
-from cove.encode import write_frames
 from cove.files import atomic_write
-from scripts.host import PromptFailed
+from tests.file_helpers import (
+    CORRESPONDENCE,
+    FRAMES,
+    HEIGHT,
+    INVERSION,
+    LOADERS,
+    MISSING,
+    NAMES,
+    NO_NAMES,
+    PREFIXES,
+    WIDTH,
+    fill,
+    link_out,
+    matches,
+    opened,
+    spelled,
+    write_images,
+)
 from tests.helpers import call, refused
-from tests.inversion_helpers import invert, same
+from tests.inversion_helpers import same
 
-FRAMES, HEIGHT, WIDTH = 3, 24, 40  # of the clip, in pixels
-INVERSION, CORRESPONDENCE = "a.inversion.safetensors", "a.correspondence.safetensors"
-LOADERS = {"LoadFrames": "clip.mp4", "LoadInversion": INVERSION, "LoadCorrespondence": CORRESPONDENCE}
 SETTINGS = {"LoadFrames": {"count": 0, "fit": "crop"}, "LoadInversion": {"model": None}, "LoadCorrespondence": {}}
-
-# Names that lead out of ComfyUI's folders. {out}: a folder outside, {up}: the way there from the input folder, {file}:
-# a file there. In the input folder, `link` leads to the folder outside, `link_file` to the file and `gone` to nothing.
-NAMES = [
-    "{out}/{file}",
-    "/{out}/{file}",
-    "{out}/{file} [input]",
-    "{out}/{file} [output]",
-    "{out}/{file} [temp]",
-    "{out}/{file}[output]",
-    "{out}",
-    "{up}/{file}",
-    "{up}/{file} [input]",
-    "./{up}/{file}",
-    "sub/../{up}/{file}",
-    "sub/../../input/{up}/{file}",
-    "missing/../{up}/{file}",
-    "{up}",
-    "..",
-    "../input/{file}",
-    "../output/{file} [input]",
-    "sub/..",
-    "sub\\..\\..\\outside\\{file}",
-    "..\\..\\outside\\{file}",
-    "link/{file}",
-    "link/missing.mp4",
-    "link/sub/../{file}",
-    "link",
-    "sub/link/{file}",
-    "link_file",
-    "gone",
-    "C:\\{file}",
-    "C:{file}",
-    "c:/{file} [output]",
-    "\\{file}",
-    "\\\\server\\share\\{file}",
-    "//server/share/{file}",
-    "\\\\?\\C:\\{file}",
-    "\\\\.\\pipe\\{file}",
-    "a\0{file}",
-    "{out}/{file}\0.png",
-    "",
-    " [output]",
-    ".",
-    "./",
-    "/",
-    "/dev/zero",
-    "/etc/hostname [output]",
-    "/proc/self/environ",
-    "\ud800.mp4",
-]
-# Names that stay inside, of nothing that can be loaded.
-MISSING = [
-    "missing.mp4",
-    "x" * 300 + ".mp4",
-    "sub/" * 1500 + "x.mp4",
-    "~/{file}",
-    "file://{out}/{file}",
-    "http://127.0.0.1/{file}",
-    "concat:{file}|{file}",
-    "{file}/{file}",
-    "loop",
-    "pipe",
-    "...",
-    "%2e%2e/outside/{file}",
-    "\uff0e\uff0e/outside/{file}",
-    "sub/\n",
-]
-# What the API can send in place of a name.
-NO_NAMES = [5, True, ["clip.mp4"], {"file": "clip.mp4"}, 0.5]
-PREFIXES = ["{out}/a", "../outside/a", "sub/../../../outside/a", "..\\..\\outside\\a", "link/a", "link/deep/a", "C:\\a"]
-PREFIXES += ["C:a", "\\\\server\\share\\a", "//server/share/a", "a\0b", "", ".", "/", "{year}/a", "%year%/a", "link\\a"]
-PREFIXES += ["%year%/deep/a", "\ud800"]
-
-
-@contextmanager
-def opened(*folders):
-    """Collects what any process opens in these folders, the folders themselves included (Linux)."""
-    if sys.platform != "linux":
-        yield lambda: b""
-        return
-    libc = ctypes.CDLL(None, use_errno=True)
-    events = libc.inotify_init1(os.O_NONBLOCK)
-    for folder in folders:
-        assert libc.inotify_add_watch(events, os.fsencode(folder), 0x20) >= 0  # IN_OPEN
-
-    def seen() -> bytes:
-        try:
-            return os.read(events, 2**16)
-        except BlockingIOError:
-            return b""
-
-    try:
-        yield seen
-    finally:
-        os.close(events)
-
-
-def clip():
-    return torch.rand(FRAMES, HEIGHT, WIDTH, 3, generator=torch.Generator().manual_seed(0))
-
-
-def matches():
-    found = torch.arange(35).repeat(2, 1)[..., None].int()
-    return Correspondence(found, found.clone(), 5, 7, 3)
-
-
-def fill(folder, inversion=None):
-    """A file for each of the loaders, and a folder of images."""
-    (folder / "sub").mkdir(parents=True, exist_ok=True)
-    write_frames(folder / "clip.mp4", clip(), 12)
-    write_frames(folder / "sub" / "clip.mp4", clip(), 12)
-    matches().save(folder / CORRESPONDENCE)
-    if inversion is not None:
-        inversion.save(folder / INVERSION)
-    write_images(folder / "images")
-
-
-def write_images(folder):
-    from PIL import Image
-
-    folder.mkdir(exist_ok=True)
-    for number, image in enumerate(clip()):
-        Image.fromarray((image * 255).byte().numpy()).save(folder / f"{number}.png")
-
-
-def link_out(folder, outside):
-    """Links of a folder that lead out of it."""
-    (folder / "sub").mkdir(exist_ok=True)
-    (folder / "link").symlink_to(outside, target_is_directory=True)
-    (folder / "sub" / "link").symlink_to(outside, target_is_directory=True)
-    (folder / "link_file").symlink_to(outside / "clip.mp4")
-    (folder / "gone").symlink_to(outside / "missing")
 
 
 def tree(folder):
@@ -163,7 +40,7 @@ def tree(folder):
 
 @pytest.fixture
 def folders(comfy, tmp_path):
-    """Folders of ComfyUI's of this test's own, and one outside that has all that can be loaded."""
+    """Empty ComfyUI folders for this test, and one outside of them."""
     import folder_paths
 
     kinds = ("input", "output", "temp")
@@ -178,21 +55,11 @@ def folders(comfy, tmp_path):
         getattr(folder_paths, f"set_{kind}_directory")(before[kind])
 
 
-@pytest.fixture
-def record(small, nodes):
-    return invert(nodes, small, steps=2)[1]
-
-
-def spelled(name, folders, file="clip.mp4"):
-    up = os.path.relpath(folders.outside, folders.input)
-    return name.format(out=folders.outside, up=up, file=file, year=time.localtime().tm_year)
-
-
 # --- reading ---
 
 
 @pytest.mark.parametrize("node", LOADERS)
-def test_names_that_lead_out_are_refused_unopened(nodes, folders, record, node):
+def test_load_nodes_refuse_names_that_lead_out_without_opening_them(nodes, folders, record, node):
     file, node, settings = LOADERS[node], nodes[node], SETTINGS[node]
     name = node.define_schema().display_name.removeprefix("COVE ")
     fill(folders.outside, record)
@@ -212,7 +79,7 @@ def test_names_that_lead_out_are_refused_unopened(nodes, folders, record, node):
 
 
 @pytest.mark.parametrize("node", LOADERS)
-def test_missing_and_present_files_outside_are_refused_alike(nodes, folders, record, node):
+def test_load_nodes_refuse_missing_and_existing_files_outside_alike(nodes, folders, record, node):
     file, node = LOADERS[node], nodes[node]
     link_out(folders.input, folders.outside)
     (folders.input / "clips").mkdir()
@@ -225,12 +92,12 @@ def test_missing_and_present_files_outside_are_refused_alike(nodes, folders, rec
 
 
 @pytest.mark.parametrize("node", LOADERS)
-def test_names_of_nothing_that_can_be_loaded_are_refused(nodes, folders, node):
+def test_load_nodes_refuse_names_of_files_that_cannot_be_loaded(nodes, folders, node):
     file, node, settings = LOADERS[node], nodes[node], SETTINGS[node]
     name = node.define_schema().display_name.removeprefix("COVE ")
     fill(folders.input)
     (folders.input / "loop").symlink_to("loop")
-    os.mkfifo(folders.input / "pipe")  # reading would wait for ever
+    os.mkfifo(folders.input / "pipe")  # reading would wait forever
     for bad in [spelled(name, folders, file) for name in MISSING] + ["sub"] * (node is not nodes["LoadFrames"]):
         said = node.validate_inputs(file=bad)
         assert isinstance(said, str) and said.startswith(f"{name}: there is no file"), bad
@@ -242,13 +109,13 @@ def test_names_of_nothing_that_can_be_loaded_are_refused(nodes, folders, node):
         assert f"{name}: expected the name of a file" in node.validate_inputs(file=bad)
         with refused(name, "expected the name of a file", repr(bad)):
             call(node, file=bad, **settings)
-    # A name that comes through a wire is not known when the prompt is checked.
+    # A name from a wire is unknown when the prompt is validated.
     assert node.validate_inputs() is True and node.fingerprint_inputs() == ""
     with refused(name, "expected the name of a file"):
         call(node, file=None, **settings)
 
 
-def test_files_inside_are_loaded_by_every_name_that_the_host_gives_them(nodes, folders, small, record):
+def test_load_nodes_accept_every_form_of_the_hosts_file_names(nodes, folders, small, record):
     for kind in ("input", "output", "temp"):
         fill(getattr(folders, kind), record)
     deep = folders.output / "a" / "b" / "c"
@@ -270,7 +137,7 @@ def test_files_inside_are_loaded_by_every_name_that_the_host_gives_them(nodes, f
         assert images.shape == (FRAMES, HEIGHT, WIDTH, 3) and count == FRAMES
 
 
-def test_the_hosts_folders_may_be_links_and_links_inside_them_are_followed(comfy, nodes, folders, tmp_path):
+def test_load_nodes_follow_links_of_and_inside_the_hosts_folders(comfy, nodes, folders, tmp_path):
     import folder_paths
 
     fill(folders.input)
@@ -287,7 +154,7 @@ def test_the_hosts_folders_may_be_links_and_links_inside_them_are_followed(comfy
 
 
 @pytest.mark.parametrize("target", ["images/0.png", "missing.png"])
-def test_images_that_are_links_out_of_the_folder_are_not_read(nodes, folders, target):
+def test_load_frames_refuses_images_that_link_out_of_the_folder(nodes, folders, target):
     fill(folders.outside)
     write_images(folders.input / "clip")
     node = nodes["LoadFrames"]
@@ -301,7 +168,7 @@ def test_images_that_are_links_out_of_the_folder_are_not_read(nodes, folders, ta
         assert node.fingerprint_inputs(file="clip") != state and not seen()
 
 
-def test_the_clip_runs_again_when_a_file_of_it_changes(nodes, folders):
+def test_load_frames_fingerprint_changes_with_the_files(nodes, folders):
     fill(folders.input)
     for name, file in (("clip.mp4", "clip.mp4"), ("images", "images/1.png")):
         state = nodes["LoadFrames"].fingerprint_inputs(file=name, start=0)
@@ -313,7 +180,7 @@ def test_the_clip_runs_again_when_a_file_of_it_changes(nodes, folders):
 # --- writing ---
 
 
-def test_prefixes_that_lead_out_are_refused_and_leave_no_trace(nodes, folders, record):
+def test_save_nodes_refuse_prefixes_that_lead_out(nodes, folders, record):
     link_out(folders.output, folders.outside)
     (folders.output / str(time.localtime().tm_year)).symlink_to(folders.outside, target_is_directory=True)
     before = tree(folders.outside.parent)
@@ -337,7 +204,7 @@ def test_prefixes_that_lead_out_are_refused_and_leave_no_trace(nodes, folders, r
         ("%date:yyyy%", "%date:yyyy%_00001_"),
     ],
 )
-def test_prefixes_that_stay_inside_are_saved_there(nodes, folders, prefix, file):
+def test_save_correspondence_saves_prefixes_inside_the_output_folder(nodes, folders, prefix, file):
     (folders.output / "real").mkdir()
     (folders.output / "inside").symlink_to("real", target_is_directory=True)
     call(nodes["SaveCorrespondence"], correspondence=matches(), filename_prefix=prefix)
@@ -346,7 +213,7 @@ def test_prefixes_that_stay_inside_are_saved_there(nodes, folders, prefix, file)
     assert found == [f"{expected}.correspondence.safetensors"]
 
 
-def test_whole_file_does_not_write_through_a_planted_link(tmp_path):
+def test_atomic_write_does_not_follow_a_planted_link(tmp_path):
     target, path = tmp_path / "precious", tmp_path / "output" / "a.safetensors"
     target.write_text("as it was")
     path.parent.mkdir()
@@ -357,7 +224,7 @@ def test_whole_file_does_not_write_through_a_planted_link(tmp_path):
     assert target.read_text() == "as it was" and path.read_text() == "new" and not path.is_symlink()
 
 
-def test_what_cannot_be_written_names_the_node(nodes, folders):
+def test_save_correspondence_refuses_paths_that_cannot_be_written(nodes, folders):
     (folders.output / "file").write_text("in the way")
     for prefix in ("file/clip", "x" * 250, "deep/" * 1500 + "clip"):
         with refused("Save Correspondence", "choose another folder"):
@@ -369,7 +236,7 @@ def test_what_cannot_be_written_names_the_node(nodes, folders):
 
 @pytest.fixture
 def scans(monkeypatch):
-    """The folders that are listed, by whatever function."""
+    """The folders that were listed, by any function."""
     found = []
 
     def counted(function):
@@ -384,7 +251,7 @@ def scans(monkeypatch):
     return found
 
 
-def test_deep_folders_are_not_walked(nodes, folders, scans):
+def test_load_nodes_list_without_scanning_deep_folders(nodes, folders, scans):
     for root in (folders.input, folders.output):
         for number in range(100):
             deep = root / "a" / f"{number}" / "b"
@@ -404,11 +271,11 @@ def test_deep_folders_are_not_walked(nodes, folders, scans):
         else:
             kinds = ("output", "input")
             assert sorted(slot.options) == sorted(f"{f}{file} [{kind}]" for kind in kinds for f in ("", "cove/"))
-        # A file that is not listed can be loaded by name.
+        # A file that is not listed still loads by name.
         assert nodes[node].validate_inputs(file=f"a/{file}") is True
 
 
-def test_only_what_can_be_loaded_is_listed(nodes, folders):
+def test_load_nodes_list_only_files_that_can_be_loaded(nodes, folders):
     fill(folders.outside)
     link_out(folders.input, folders.outside)
     for kind in (folders.input, folders.output):
@@ -420,7 +287,7 @@ def test_only_what_can_be_loaded_is_listed(nodes, folders):
     assert nodes["LoadCorrespondence"].define_schema().inputs[0].options == []
 
 
-def test_folders_that_cannot_be_read_do_not_break_the_lists(nodes, folders, monkeypatch):
+def test_load_nodes_list_files_beside_unreadable_folders(nodes, folders, monkeypatch):
     fill(folders.input)
     (folders.input / "loop").symlink_to("loop")
     (folders.input / "loop.mp4").symlink_to("loop.mp4")
@@ -445,74 +312,3 @@ def test_folders_that_cannot_be_read_do_not_break_the_lists(nodes, folders, monk
     shutil.rmtree(folders.input)
     for node in LOADERS:
         assert nodes[node].define_schema().inputs[0].options == []
-
-
-# --- through the API ---
-
-
-@pytest.fixture
-def wires():
-    """Loader and name -> a prompt."""
-
-    def made(node, name):
-        takers = {
-            "LoadFrames": ("PreviewImage", {"images": ["1", 0]}),
-            "LoadCorrespondence": ("CoveSaveCorrespondence", {"correspondence": ["1", 0], "filename_prefix": "api/a"}),
-            "LoadInversion": ("CoveSaveInversion", {"inversion": ["1", 1], "filename_prefix": "api/a"}),
-        }
-        settings = {"start": 0, "count": 0, "stride": 1, "width": 0, "height": 0, "fit": "crop"}
-        settings = {"LoadFrames": settings, "LoadInversion": {"model": ["3", 0]}}.get(node, {})
-        prompt = {"1": (f"Cove{node}", {"file": name} | settings), "2": takers[node]}
-        if node == "LoadInversion":
-            prompt["3"] = ("CheckpointLoaderSimple", {"ckpt_name": "sd15.ckpt"})
-        return {place: {"class_type": kind, "inputs": inputs} for place, (kind, inputs) in prompt.items()}
-
-    return made
-
-
-@pytest.fixture
-def served(base, tmp_path):
-    """The server's folders, and one outside."""
-    own = SimpleNamespace(**{kind: base / kind for kind in ("input", "output", "temp")}, outside=tmp_path / "outside")
-    own.outside.mkdir()
-    names = [own.input / name for name in ("link", "sub", "link_file", "gone")]
-    link_out(own.input, own.outside)
-    yield own
-    for path in names:
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    shutil.rmtree(own.output / "api", ignore_errors=True)
-
-
-@pytest.mark.parametrize("node", LOADERS)
-def test_the_api_reads_nothing_outside(server, served, wires, record, node):
-    file = LOADERS[node]
-    fill(served.outside, record)
-    with opened(served.outside, served.outside / "sub", served.outside / "images") as seen:
-        for name in [spelled(name, served, file) for name in NAMES]:
-            with pytest.raises(PromptFailed) as caught:
-                server.queue(wires(node, name), 60)
-            assert caught.value.node_type == f"Cove{node}" and "inside ComfyUI's" in caught.value.reason, name
-        for name in [None, *NO_NAMES, *(spelled(name, served, file) for name in MISSING)]:
-            with pytest.raises(PromptFailed) as caught:
-                server.queue(wires(node, {"__value__": name}), 60)
-            assert caught.value.node_type == f"Cove{node}", name
-        assert not seen()
-
-
-def test_the_api_writes_nothing_outside(server, served, wires):
-    matches().save(served.input / CORRESPONDENCE)
-    prompt = wires("LoadCorrespondence", CORRESPONDENCE)
-    (served.output / "api").symlink_to(served.outside, target_is_directory=True)
-    try:
-        with pytest.raises(PromptFailed, match="inside ComfyUI's output folder"):
-            server.queue(prompt, 60)
-        for prefix in [spelled(prefix, served) for prefix in PREFIXES if "link" not in prefix and "year" not in prefix]:
-            prompt["2"]["inputs"]["filename_prefix"] = prefix
-            with pytest.raises(PromptFailed) as caught:
-                server.queue(prompt, 60)
-            assert caught.value.node_type == "CoveSaveCorrespondence", prefix
-            assert "inside ComfyUI's output folder" in caught.value.reason
-        assert not list(served.outside.iterdir())
-    finally:
-        (served.output / "api").unlink()
-        (served.input / CORRESPONDENCE).unlink()

@@ -1,4 +1,4 @@
-"""Load Frames: what can be chosen, what comes out, and VIDEO in place of a file."""
+"""Load Frames: its list of files, its outputs, and VIDEO instead of a file."""
 
 import io
 import shutil
@@ -18,7 +18,7 @@ WHOLE = {"start": 0, "count": 0, "stride": 1, "width": 0, "height": 0, "fit": "c
 
 @pytest.fixture
 def clip(base):
-    """The name of a clip in the input folder: 9 frames, 10 a second, with sound."""
+    """Name of a clip in the input folder: 9 frames, 10 per second, with audio."""
     path, options = base / "input" / "shown.mp4", {"crf": "4", "bf": "0"}
     write(path, quarters(FRAMES), pix_fmt="yuv444p", rate=FPS, sound=(tone(FRAMES / FPS, RATE), RATE), options=options)
     yield path.name
@@ -29,7 +29,7 @@ def load(nodes, **settings):
     return call(nodes["LoadFrames"], **WHOLE | settings)
 
 
-def test_outputs(nodes, clip):
+def test_load_frames_returns_images_fps_count_mask_and_audio(nodes, clip):
     names = [output.display_name for output in nodes["LoadFrames"].define_schema().outputs]
     assert names == ["images", "fps", "frame count", "mask", "audio"]
     images, fps, count, mask, audio = load(nodes, file=clip, start=1, count=3, stride=2)
@@ -39,20 +39,20 @@ def test_outputs(nodes, clip):
     assert_close(audio["waveform"], expected, atol=0.05, rtol=0)  # AAC
 
 
-def test_clips_without_sound_give_no_audio(nodes, base):
+def test_load_frames_returns_no_audio_for_a_silent_clip(nodes, base):
     path = write(base / "input" / "silent.mkv", quarters(2), "ffv1")
     assert load(nodes, file="silent.mkv")[4] is None
     path.unlink()
 
 
-def test_what_is_not_as_it_should_be_is_said(nodes, base, lines):
+def test_load_frames_reports_notes(nodes, base, lines):
     path = tagged(write(base / "input" / "turned.mp4", quarters()), (0.1736, 0.9848, -0.9848, 0.1736))
     load(nodes, file="turned.mp4")
     path.unlink()
     assert lines() == ["turned.mp4 is rotated by an odd angle; it was rounded to quarter turns."]
 
 
-def test_animated_images_and_transport_streams_can_be_chosen(nodes, base):
+def test_load_frames_lists_animated_images_and_transport_streams(nodes, base):
     folder = base / "input" / "choices"
     folder.mkdir()
     pictures = [Image.new("RGB", (24, 16), (20 * index, 90, 90)) for index in range(3)]
@@ -67,7 +67,7 @@ def test_animated_images_and_transport_streams_can_be_chosen(nodes, base):
     options = nodes["LoadFrames"].define_schema().inputs[0].options
     videos = ["a.gif", "a.apng", "a.ts", "a.m2ts", "a.mts", "A.MP4"]
     assert {*videos, *(f"choices/{name}" for name in videos), "a.webp", "a.png", "choices"} <= {*options}
-    # What does not move is an image, and those in a folder are the images of a clip.
+    # A still is not a clip, and images in a folder belong to the folder's clip.
     stills = {"still.webp", "still.png", "choices/a.webp", "choices/a.png", "choices/still.webp", "choices/still.png"}
     assert not stills & {*options}
     for name in ("a.webp", "a.png", "choices/a.gif", "choices/a.apng"):
@@ -81,7 +81,7 @@ def test_animated_images_and_transport_streams_can_be_chosen(nodes, base):
 
 
 @pytest.mark.parametrize("kind", ["file", "bytes", "parts"])
-def test_a_video_is_read_like_the_file(nodes, base, clip, kind):
+def test_load_frames_reads_a_video_like_the_file(nodes, base, clip, kind):
     from comfy_api.input_impl import VideoFromComponents, VideoFromFile
 
     path = base / "input" / clip
@@ -95,12 +95,12 @@ def test_a_video_is_read_like_the_file(nodes, base, clip, kind):
     assert_close(found[0], expected[0], atol=0.05 if kind == "parts" else 0, rtol=0)
     assert torch.equal(found[3], expected[3])
     assert found[4]["sample_rate"] == RATE
-    # The host's own parts have the sound as it lies in the file, up to a piece of it too much.
+    # The host's components hold the audio as stored, with up to one packet of padding.
     assert_close(found[4]["waveform"], expected[4]["waveform"], atol=0.05 if kind == "parts" else 0, rtol=0)
 
 
 @pytest.mark.parametrize(("begin", "seconds"), [(0.15, 0.3), (0.45, 0), (0, 0.34)])
-def test_a_trimmed_video_is_read_as_trimmed(nodes, base, clip, begin, seconds):
+def test_load_frames_reads_a_trimmed_video(nodes, base, clip, begin, seconds):
     from comfy_api.input_impl import VideoFromFile
 
     if not hasattr(VideoFromFile, "as_trimmed"):
@@ -115,7 +115,7 @@ def test_a_trimmed_video_is_read_as_trimmed(nodes, base, clip, begin, seconds):
     assert_close(audio["waveform"], expected, atol=0.05, rtol=0)
 
 
-def test_a_video_with_alpha(nodes):
+def test_load_frames_reads_alpha_of_a_video(nodes):
     from comfy_api.input_impl import VideoFromComponents
     from comfy_api.util import VideoComponents
 
@@ -126,7 +126,7 @@ def test_a_video_with_alpha(nodes):
     assert not found[:, :32, :48].any() and (mask[:, :32, :48] == 1).all() and not mask[:, 32:].any() and audio is None
 
 
-def test_errors_of_a_video_name_the_node(nodes, base, clip):
+def test_load_frames_is_named_in_errors_of_a_video(nodes, base, clip):
     from comfy_api.input_impl import VideoFromComponents, VideoFromFile
 
     video = VideoFromFile(str(base / "input" / clip))
@@ -136,7 +136,7 @@ def test_errors_of_a_video_name_the_node(nodes, base, clip):
 
 
 def queued(server, clip, **inputs):
-    """What the API answers to a prompt in which Load Frames gets this instead of a file that exists."""
+    """Return the outputs of a prompt in which Load Frames has these inputs and a missing file."""
     prompt = {
         "1": {"class_type": "LoadVideo", "inputs": {"file": clip}},
         "2": {"class_type": "CoveLoadFrames", "inputs": WHOLE | {"file": "missing.mp4"} | inputs},
@@ -146,7 +146,7 @@ def queued(server, clip, **inputs):
     return server.queue(prompt, 60)
 
 
-def test_the_file_does_not_matter_when_a_video_is_connected(server, clip):
+def test_load_frames_ignores_the_file_if_a_video_is_connected(server, clip):
     assert len(queued(server, clip, video=["1", 0])["3"]["images"]) == FRAMES
     with pytest.raises(PromptFailed, match=r"there is no file or folder 'missing\.mp4'"):
         queued(server, clip)

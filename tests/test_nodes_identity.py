@@ -1,5 +1,4 @@
-"""What decides an inversion decides its fingerprint: any attribute changed gives another, the same loaded twice gives
-the same."""
+"""Fingerprint of an inversion: different for every attribute that affects the run, equal for equal objects."""
 
 import copy
 import functools
@@ -20,7 +19,7 @@ SIGMAS = torch.tensor([0.0, 1.0, 3.0])
 
 @pytest.fixture
 def name_of(comfy, pack):
-    """MODEL, CONDITIONING -> fingerprint of an inversion."""
+    """MODEL, CONDITIONING -> fingerprint of their inversion."""
     run_fingerprint = importlib.import_module(f"{pack.__name__}.nodes.host.identity").run_fingerprint
 
     def found(model, conditioning=None):
@@ -33,7 +32,7 @@ def name_of(comfy, pack):
 
 
 class Held:
-    """An object of somebody's pack."""
+    """An object of another pack."""
 
     def __init__(self, **attributes):
         vars(self).update(attributes)
@@ -67,7 +66,7 @@ def with_default(value):
     return lambda x, more=value: more
 
 
-# A value in an object of each kind.
+# Kind of object -> a function that wraps a value in it.
 KINDS = {
     "list": lambda value: [1, value],
     "tuple": lambda value: (value, 2),
@@ -90,7 +89,7 @@ LEAVES += [torch.device("cpu"), torch.arange(3), torch.arange(3.0), torch.zeros(
 
 
 def generated(seed, leaf):
-    """An object within objects, of kinds drawn by the seed, with `leaf` inside."""
+    """Return `leaf` inside nested objects of random kinds."""
     draws, value = random.Random(seed), copy.deepcopy(leaf)
     for _ in range(draws.randint(1, 5)):
         value = KINDS[draws.choice(sorted(KINDS))](value)
@@ -98,7 +97,7 @@ def generated(seed, leaf):
 
 
 def of(model, thing, place):
-    """MODEL with a thing on it, where nodes put things."""
+    """Return a clone of MODEL with an object in one of the places that nodes use."""
     model = model.clone()
     if place == "attachments":
         model.set_attachments("somebody", thing)
@@ -132,13 +131,13 @@ PLACES += ["transformer options", "wrappers in options", "hook patches", "additi
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_what_nodes_put_on_a_model_counts(small, name_of, place):
+def test_run_fingerprint_includes_everything_nodes_add_to_a_model(small, name_of, place):
     found = [name_of(small), name_of(of(small, Held(strength=0.5), place)), name_of(of(small, Held(strength=1), place))]
     assert len(set(found)) == 3
     assert name_of(of(small, Held(strength=0.5), place)) == found[1]
 
 
-def test_any_value_changed_in_any_object_is_another(small, pack):
+def test_fingerprint_changes_with_any_value_in_nested_objects(small, pack):
     identity = importlib.import_module(f"{pack.__name__}.nodes.host.identity")
 
     def name_of(thing):
@@ -152,7 +151,7 @@ def test_any_value_changed_in_any_object_is_another(small, pack):
             assert names.setdefault(found, i) == i, (seed, leaf, LEAVES[names[found]])
 
 
-def test_an_attribute_of_any_kind_counts_in_any_object(small, name_of):
+def test_run_fingerprint_includes_added_attributes_of_objects(small, name_of):
     for kind in ("object", "closure", "network", "method", "set"):
         thing = KINDS[kind](1)
         before = name_of(of(small, thing, "attachments"))
@@ -165,13 +164,13 @@ def test_an_attribute_of_any_kind_counts_in_any_object(small, name_of):
         assert name_of(of(small, thing, "attachments")) != before, kind
 
 
-def test_functions_of_one_name_and_another_code_differ(small, name_of):
+def test_run_fingerprint_distinguishes_functions_of_one_name(small, name_of):
     one, other = (lambda x: x), (lambda x: -x)
     assert one.__qualname__ == other.__qualname__
     assert name_of(of(small, one, "wrappers")) != name_of(of(small, other, "wrappers"))
 
 
-def test_what_holds_itself_is_read(small, name_of):
+def test_run_fingerprint_reads_cyclic_objects(small, name_of):
     def ring(value):
         thing = Held(value=value, model=small)
         thing.itself, thing.all = thing, [thing]
@@ -190,7 +189,7 @@ def unreadable():
     return {"lock": threading.Lock(), "generator": (i for i in range(3)), "long": long, "many": many}
 
 
-def test_what_cannot_be_read_is_never_the_same_twice(small, name_of):
+def test_run_fingerprint_of_unreadable_objects_is_unique(small, name_of):
     for kind, thing in unreadable().items():
         model = of(small, Held(thing=thing), "attachments")
         assert name_of(model) != name_of(model), kind
@@ -201,36 +200,36 @@ def test_what_cannot_be_read_is_never_the_same_twice(small, name_of):
 
 @pytest.fixture
 def net(base, controlnets):
-    """() -> a ControlNet, loaded anew."""
+    """() -> a freshly loaded ControlNet."""
     import comfy.controlnet
 
     return lambda: comfy.controlnet.load_controlnet(str(base / "models/controlnet" / controlnets["sd15"]))
 
 
 def applied(net, conditioning=None, **settings):
-    """A CONDITIONING with a ControlNet."""
+    """Return a CONDITIONING with a ControlNet."""
     control = net.copy().set_cond_hint(hints().movedim(-1, 1), 0.5, (0.0, 0.75))
     vars(control).update(settings)
     return prompt(1, control=control, control_apply_to_uncond=False)
 
 
-def test_a_controlnet_loaded_twice_is_the_same(small, name_of, net):
+def test_run_fingerprint_of_a_controlnet_loaded_twice_is_equal(small, name_of, net):
     assert name_of(small, applied(net())) == name_of(small, applied(net()))
 
 
-def test_a_controlnet_that_a_run_has_used_is_the_same(sd15, nodes, name_of, net):
+def test_run_fingerprint_of_a_controlnet_is_kept_after_a_run(sd15, nodes, name_of, net):
     conditioning = applied(net())
     before = name_of(sd15, conditioning)
     control = conditioning[0][1]["control"]
     invert(nodes, sd15, conditioning, steps=1)
     assert name_of(sd15, conditioning) == before
-    # As an interrupt leaves it.
+    # The state after an interrupt.
     control.cond_hint, control.timestep_range = torch.zeros(3, 3, 40, 56), (14.6, 0.5)
     control.model_sampling_current = sd15.get_model_object("model_sampling")
     assert name_of(sd15, conditioning) == before
 
 
-def test_every_setting_of_a_controlnet_counts(small, name_of, net):
+def test_run_fingerprint_includes_every_setting_of_a_controlnet(small, name_of, net):
     loaded = net()
     found = [name_of(small, applied(loaded))]
     control = applied(loaded)[0][1]["control"]
@@ -245,7 +244,7 @@ def test_every_setting_of_a_controlnet_counts(small, name_of, net):
     assert len(set(found)) == len(found)
 
 
-def test_a_lora_loaded_twice_is_the_same(small, name_of, base):
+def test_run_fingerprint_of_a_lora_loaded_twice_is_equal(small, name_of, base):
     import comfy.sd
     import comfy.utils
 
@@ -259,7 +258,7 @@ def test_a_lora_loaded_twice_is_the_same(small, name_of, base):
     assert len({name_of(small), name_of(patched(0)), name_of(patched(1)), name_of(patched(0, 0.5))}) == 4
 
 
-def test_a_lora_that_is_loaded_into_the_weights_is_the_same(small, name_of, base, nodes):
+def test_run_fingerprint_is_kept_when_a_lora_is_merged_into_the_weights(small, name_of, base, nodes):
     import comfy.sd
     import comfy.utils
 
@@ -272,6 +271,6 @@ def test_a_lora_that_is_loaded_into_the_weights_is_the_same(small, name_of, base
     small.unpatch_model()
 
 
-def test_guidance_made_twice_is_the_same(small, name_of, nodes):
+def test_run_fingerprint_of_equal_guidance_is_equal(small, name_of, nodes):
     found = name_of(guide(nodes, small))
     assert found == name_of(guide(nodes, small)) != name_of(guide(nodes, small, merge_ratio=0.25))

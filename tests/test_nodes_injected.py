@@ -1,4 +1,4 @@
-"""Feature Injection and Store Features among other nodes: what works, what is refused, that no trace is left."""
+"""Feature Injection and Store Features with other nodes: combinations, errors, and no trace after a run."""
 
 import copy
 
@@ -24,7 +24,7 @@ from tests.inversion_helpers import (
     watched,
 )
 
-# --- beside other nodes ---
+# --- with other nodes ---
 
 
 def test_feature_injection_works_before_and_after_correspondence_attention(small, nodes):
@@ -48,11 +48,11 @@ def test_feature_injection_works_before_and_after_correspondence_attention(small
     stored = store(nodes, guided, inversion)
     with watched(small) as calls:
         edit = sample(nodes, inject(nodes, guided, stored), noise)
-    assert len(calls) == 3  # the source is not run
+    assert len(calls) == 3  # the source does not run
     assert torch.equal(edit, sample(nodes, inject(nodes, guided, inversion), noise))
 
 
-def test_feature_injection_works_in_stock_samplers_that_keep_to_the_schedule(comfy, small, nodes):
+def test_feature_injection_works_in_stock_samplers_on_the_schedule(comfy, small, nodes):
     from comfy_extras import nodes_custom_sampler as custom
 
     noise, inversion = invert(nodes, small)
@@ -77,7 +77,7 @@ def test_feature_injection_works_in_stock_samplers_that_keep_to_the_schedule(com
     assert len(calls) == 2
 
 
-def test_feature_injection_needs_a_source_prompt_with_a_controlnet_again(sd15, nodes, control):
+def test_feature_injection_requires_a_source_prompt_with_a_controlnet(sd15, nodes, control):
     import comfy.model_management as management
 
     source = control(prompt(1), hints())
@@ -91,7 +91,7 @@ def test_feature_injection_needs_a_source_prompt_with_a_controlnet_again(sd15, n
     assert not calls and not stored_calls
     management.unload_all_models()
     computed = sample(nodes, inject(nodes, sd15, inversion, conditioning=source, **ALL), noise)
-    # The ControlNet was loaded like those of the edit's prompts, and keeps no hint of this size.
+    # The ControlNet was loaded like the edit's ControlNets, and keeps no hint of this size.
     net = source[0][1]["control"]
     loaded = [patcher.model for patcher in management.loaded_models() if patcher is not None]
     assert net.control_model in loaded
@@ -105,7 +105,7 @@ def test_feature_injection_needs_a_source_prompt_with_a_controlnet_again(sd15, n
     assert (changed - computed).abs().max() > 1e-3
     stored = store(nodes, sd15, inversion, conditioning=other)
     assert (sample(nodes, inject(nodes, sd15, stored), noise) - recomputed).abs().max() > 1e-3
-    # Hints that are not one a frame are found before the run.
+    # A wrong number of hints is detected before the run.
     two = control(prompt(1), hints(2))
     with refused("Feature Injection", "2 hint images for 3 frames"), watched(sd15) as calls:
         sample(nodes, inject(nodes, sd15, inversion, conditioning=two, **ALL), noise)
@@ -114,7 +114,7 @@ def test_feature_injection_needs_a_source_prompt_with_a_controlnet_again(sd15, n
     assert not calls and not stored_calls
 
 
-# --- refused ---
+# --- errors ---
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_feature_injection_refuses_a_model_with_injection(small, nodes):
         inject(nodes, inject(nodes, small, inversion), inversion)
 
 
-def test_only_samplers_accept_a_model_with_feature_injection(small, nodes):
+def test_nodes_before_sampling_refuse_a_model_with_feature_injection(small, nodes):
     _, inversion = invert(nodes, small, steps=1)
     model = inject(nodes, small, inversion)
     wrong = ("without Feature Injection", "Connect the model from before that node")
@@ -148,7 +148,7 @@ def test_only_samplers_accept_a_model_with_feature_injection(small, nodes):
 
 @pytest.mark.parametrize("compiled_first", [True, False])
 def test_nodes_with_hooks_refuse_a_compiled_model(comfy, small, nodes, compiled_first):
-    """Compiled code never runs hooks that are added later, without an error."""
+    """Compiled code silently ignores hooks that are added later."""
     from comfy_extras.nodes_torch_compile import TorchCompileModel
 
     def compiled(model):
@@ -180,7 +180,7 @@ def test_feature_injection_refuses_an_inversion_of_another_checkpoint(small, nod
 
 
 def test_feature_injection_refuses_another_schedule_before_the_run(comfy, small, nodes):
-    """Of an inversion of the same clip in another number of steps."""
+    """The inversion is of the same clip with another number of steps."""
     # Timesteps 1, 101, ..., 901 and 1, 91, ..., 910 share the first one only.
     noise, _ = invert(nodes, small, steps=10)
     _, inversion = invert(nodes, small, steps=11)
@@ -201,7 +201,7 @@ def test_feature_injection_refuses_another_schedule_before_the_run(comfy, small,
 
 
 def test_feature_injection_needs_only_the_sigmas_of_its_own_steps(comfy, small, nodes):
-    """A run that leaves the schedule of the inversion after the injected steps is accepted."""
+    """A run may leave the schedule of the inversion after the injected steps."""
     from comfy_extras import nodes_custom_sampler as custom
 
     noise, inversion = invert(nodes, small)
@@ -249,12 +249,14 @@ def test_feature_injection_refuses_a_source_prompt_with_an_area_or_several_parts
 
 @pytest.mark.parametrize("storage", ["recompute", "memory"])
 @pytest.mark.parametrize("ending", ["interrupt", "error"])
-def test_feature_injection_leaves_nothing_after_a_run_that_breaks(comfy, small, nodes, monkeypatch, storage, ending):
+def test_feature_injection_leaves_no_trace_after_an_error_or_interrupt(
+    comfy, small, nodes, monkeypatch, storage, ending
+):
     import comfy.model_management as management
     import comfy.utils
 
     noise, inversion = invert(nodes, small)
-    blocks = ALL if storage == "recompute" else {}  # those that are stored
+    blocks = ALL if storage == "recompute" else {}  # the stored ones
     model = inject(nodes, small, store_unless_recomputed(nodes, small, inversion, storage), **blocks)
     state, before = state_of(small), state_of(model)
     random = torch.random.get_rng_state()

@@ -1,4 +1,4 @@
-"""Feature Injection in a real UNet: what was there at that sigma is put back, at each site, in each half of a batch."""
+"""Feature Injection in a real UNet: injected features at each site and sigma, for every way the host calls it."""
 
 from functools import partial
 
@@ -28,12 +28,12 @@ from tests.inversion_helpers import (
 )
 from tests.random_models import FAMILIES
 
-# --- what is put back is what was there ---
+# --- injected features ---
 
 
 @pytest.mark.parametrize("storage", ["recompute", "memory", "disk"])
 def test_feature_injection_injects_the_source_at_every_site(small, nodes, storage):
-    """Those that Store Features stores, and those that are recomputed beside them."""
+    """Stored sites, and other sites that are recomputed."""
     _, inversion = invert(nodes, small, refinements=1)
     model = inject(nodes, small, store_unless_recomputed(nodes, small, inversion, storage), **ALL)
     found = []
@@ -60,10 +60,10 @@ def test_store_features_stores_the_source_of_every_sampling_step(small, nodes, s
         assert all(torch.equal(features[site], source.at[site]) for site in AUTO_SITES)
     with watched(small) as calls:
         edited_at(inject(nodes, small, stored), inversion, 1)
-    assert len(calls) == 1  # the source is not run
+    assert len(calls) == 1  # the source does not run
 
 
-def test_queries_and_keys_are_put_back_and_values_are_not(small, nodes):
+def test_feature_injection_injects_queries_and_keys_but_not_values(small, nodes):
     _, inversion = invert(nodes, small)
     model = inject(nodes, small, inversion, resnet_blocks="none", attention_blocks="1")
     source = source_at(small, inversion, 0)
@@ -73,7 +73,7 @@ def test_queries_and_keys_are_put_back_and_values_are_not(small, nodes):
     assert torch.equal(seen.queries[site], source.queries[site]) and torch.equal(seen.keys[site], source.keys[site])
     assert torch.equal(seen.values[site], without.values[site])
     assert not torch.equal(seen.values[site], source.values[site]) and not torch.equal(injected, plain)
-    # What runs before the site is untouched, and so is what no one named after it: it sees the edit.
+    # Sites before it are unchanged; later sites that are not selected see the edit.
     before = ["resnet.0.0", "resnet.1.0", "attention.0.0"]
     assert all(torch.equal(seen.at[other], without.at[other]) for other in before)
     after = ["resnet.2.0", "attention.2.0", "attention.3.0"]
@@ -97,7 +97,7 @@ def test_feature_injection_ends_after_its_share_of_the_steps(small, nodes):
     "settings",
     [{"resnet_share": 0.0, "attention_share": 0.0}, {"resnet_blocks": "none", "attention_blocks": "none"}],
 )
-def test_no_steps_or_no_blocks_is_plain_sampling(small, nodes, settings):
+def test_feature_injection_without_steps_or_blocks_is_plain_sampling(small, nodes, settings):
     noise, inversion = invert(nodes, small)
     model = inject(nodes, small, inversion, **ALL | settings)
     with watched(small) as calls:
@@ -106,7 +106,7 @@ def test_no_steps_or_no_blocks_is_plain_sampling(small, nodes, settings):
 
 
 @pytest.mark.parametrize("storage", ["recompute", "memory"])
-def test_feature_injection_meets_a_finer_inversion_at_every_sampling_step(small, nodes, storage):
+def test_feature_injection_matches_a_finer_inversion_at_every_sampling_step(small, nodes, storage):
     noise, inversion = invert(nodes, small, steps=4, multiple=2)
     assert len(inversion.residuals) == 7 and len(inversion.sigmas) == 5  # timesteps 1, 126, ..., 751
     model = inject(nodes, small, store_unless_recomputed(nodes, small, inversion, storage))
@@ -130,14 +130,14 @@ def test_feature_injection_counts_its_share_from_the_first_step_of_the_schedule(
         assert len(calls) == (2 if sampled < 3 else 1)
 
 
-# --- the real decoders, and the loaders' models ---
+# --- decoders of full depth, models from the loader ---
 
 
 @pytest.mark.parametrize(
     ("kind", "resnets", "attentions", "depth"),
     [("sd15", (3, 4, 6), (4, 5, 6, 7, 8, 9), 1), ("sdxl", (0, 1, 3), (1, 2, 3, 4, 5), 3)],
 )
-def test_auto_is_flattens_blocks_in_a_decoder_of_full_depth(load, nodes, kind, resnets, attentions, depth):
+def test_feature_injection_auto_selects_flattens_blocks(load, nodes, kind, resnets, attentions, depth):
     with torch.inference_mode():
         model, state = tiny(kind), state_of(tiny(kind))
         source, edit = prompt(1, kind), prompt(2, kind)
@@ -146,7 +146,7 @@ def test_auto_is_flattens_blocks_in_a_decoder_of_full_depth(load, nodes, kind, r
         assert list(inversion.features) == [1]
         named = {f"resnet.{block}.0" for block in resnets}
         for block in attentions:
-            # SDXL's lower level has fewer transformers in a block.
+            # SDXL's lower level has fewer transformers per block.
             count = 2 if kind == "sdxl" and block > 2 else depth
             named |= {f"attention.{block}.{index}" for index in range(count)}
         assert inversion.features[1].keys() == named
@@ -164,7 +164,7 @@ def test_auto_is_flattens_blocks_in_a_decoder_of_full_depth(load, nodes, kind, r
 
 @pytest.mark.parametrize("kind", sorted(FAMILIES))
 @pytest.mark.parametrize("blocks", ["auto", "0, 2-3"])
-def test_every_family_comes_back_unchanged_and_edits_changed(load, nodes, kind, blocks):
+def test_feature_injection_changes_edits_but_not_the_source_in_every_family(load, nodes, kind, blocks):
     with torch.inference_mode():
         model, state = load(kind), state_of(load(kind))
         settings = {"resnet_blocks": blocks, "attention_blocks": blocks}
@@ -174,16 +174,16 @@ def test_every_family_comes_back_unchanged_and_edits_changed(load, nodes, kind, 
         asked = (inversion.latents[0], down(inversion), 0)
         assert torch.equal(ask(injected, *asked, source), ask(model, *asked, source))
         assert not torch.equal(ask(injected, *asked, edit), ask(model, *asked, edit))
-        # One step with guidance: the whole chain through the nodes.
+        # One step with guidance, through the nodes.
         assert sample(nodes, injected, noise, edit, prompt(3, kind)).isfinite().all()
         assert state_of(model) == state
 
 
-# --- a reconstruction ---
+# --- reconstruction ---
 
 
 @pytest.mark.parametrize("storage", ["recompute", "memory", "disk"])
-def test_feature_injection_leaves_the_source_at_its_own_latents(small, nodes, storage):
+def test_feature_injection_keeps_the_source_at_its_own_latents(small, nodes, storage):
     _, inversion = invert(nodes, small, steps=5, refinements=2)
     model = inject(nodes, small, store_unless_recomputed(nodes, small, inversion, storage))
     for step in range(5):
@@ -193,8 +193,8 @@ def test_feature_injection_leaves_the_source_at_its_own_latents(small, nodes, st
         assert len(calls) == (3 if storage == "recompute" else 2)
 
 
-def test_sampling_the_source_back_is_the_same_with_injection(small, nodes):
-    """As exactly as sampling comes by the latents of the inversion."""
+def test_feature_injection_keeps_the_reconstruction(small, nodes):
+    """The difference is within the error of the reconstruction itself."""
     noise, inversion = invert(nodes, small, steps=7, refinements=10)
     model = inject(nodes, small, inversion, **ALL)
     plain = sample(nodes, small, noise, prompt(1), cfg=1.0)
@@ -203,14 +203,14 @@ def test_sampling_the_source_back_is_the_same_with_injection(small, nodes):
     lost = (plain - latents()["samples"]).norm()
     assert (back - plain).norm() < 2 * lost < 1e-3 * plain.norm()
     assert (kept - edit).norm() > 0.05 * edit.norm()
-    # An edit that keeps the features is nearer to the source.
+    # An edit with injected features is closer to the source.
     assert (kept - plain).norm() < (edit - plain).norm()
 
 
 # --- batches ---
 
 
-def test_halves_together_apart_and_reversed_get_the_same(comfy, small, nodes, monkeypatch):
+def test_feature_injection_is_independent_of_the_order_of_conditionings(comfy, small, nodes, monkeypatch):
     import comfy.samplers
 
     _, inversion = invert(nodes, small)
@@ -218,7 +218,7 @@ def test_halves_together_apart_and_reversed_get_the_same(comfy, small, nodes, mo
     source = source_at(small, inversion, 1)
 
     def injected(model, batches):
-        """The answer, when every half of every batch got what the source had."""
+        """Check that every half of every batch has the source's features; return the denoised latents."""
         calls, answer = edited_at(model, inversion, 1, cfg=5.0)
         assert [seen.options["cond_or_uncond"] for seen in calls[1:]] == batches
         for seen in calls[1:]:
@@ -236,14 +236,14 @@ def test_halves_together_apart_and_reversed_get_the_same(comfy, small, nodes, mo
     set_free_memory(monkeypatch, 0)
     assert_close(injected(model, [[1], [0]]), together, rtol=1e-3, atol=2e-3)
     monkeypatch.undo()
-    # cfg 1 leaves out the negative half
+    # cfg 1 skips the negative half.
     calls, _ = edited_at(model, inversion, 1, cfg=1.0)
     assert [seen.options["cond_or_uncond"] for seen in calls] == [[0], [0]]
     assert all(torch.equal(calls[1].at[site], source.at[site]) for site in SITES)
 
 
 @pytest.mark.parametrize("area", [(3, 4, 1, 3), (2, 4, 3, 0), ("percentage", 3 / 5, 4 / 7, 2 / 5, 3 / 7)])
-def test_a_conditioning_with_an_area_gets_its_part(small, nodes, area):
+def test_feature_injection_crops_the_features_to_an_area(small, nodes, area):
     height, width, top, left = area if len(area) == 4 else (3, 4, 2, 3)
     _, inversion = invert(nodes, small)
     model = inject(nodes, small, inversion, **ALL)
@@ -262,7 +262,7 @@ def test_a_conditioning_with_an_area_gets_its_part(small, nodes, area):
     assert all(torch.equal(whole.at[site], source.at[site]) for site in SITES)
 
 
-def test_areas_of_one_size_in_one_batch_get_each_its_own_part(small, nodes):
+def test_feature_injection_crops_separately_for_areas_in_one_batch(small, nodes):
     _, inversion = invert(nodes, small)
     model = inject(nodes, small, inversion, **ALL)
     source = source_at(small, inversion, 1).at["resnet.3.0"]
@@ -276,7 +276,7 @@ def test_areas_of_one_size_in_one_batch_get_each_its_own_part(small, nodes):
 
 
 @pytest.mark.parametrize("order", ["core before", "core after", "evolved before", "evolved after"])
-def test_context_windows_get_the_features_of_their_frames(small, nodes, order):
+def test_feature_injection_injects_the_frames_of_a_context_window(small, nodes, order):
     _, inversion = invert(nodes, small, latent=latents(5), steps=4)
     model = windows_of(small, order, lambda model: inject(nodes, model, inversion, **ALL))
     calls, _ = edited_at(model, inversion, 1)
@@ -290,8 +290,8 @@ def test_context_windows_get_the_features_of_their_frames(small, nodes, order):
 
 
 @pytest.mark.parametrize("order", ["core before", "core after", "evolved before", "evolved after"])
-def test_stored_features_serve_context_windows(small, nodes, order):
-    """Where frames do not see one another, those of a window have the features that they had in the clip."""
+def test_feature_injection_injects_stored_features_in_context_windows(small, nodes, order):
+    """With independent frames, the features in a window equal those in the whole clip."""
     _, inversion = invert(nodes, small, latent=latents(5), steps=4)
     inversion = store(nodes, small, inversion)
     model = windows_of(small, order, lambda model: inject(nodes, model, inversion))
@@ -308,7 +308,7 @@ def test_stored_features_serve_context_windows(small, nodes, order):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("kind", "size"), [("two levels", (5, 7)), ("sd15", (7, 13)), ("sdxl", (11, 5))])
-def test_size_said_is_the_size_of_what_is_stored(load, nodes, host_module, kind, size, dtype):
+def test_bytes_of_matches_the_size_of_stored_features(load, nodes, host_module, kind, size, dtype):
     with torch.inference_mode():
         model = tiny(kind).clone()
         if dtype != torch.float32:
@@ -322,7 +322,7 @@ def test_size_said_is_the_size_of_what_is_stored(load, nodes, host_module, kind,
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_loses_no_more_than_without_it(small, nodes, dtype):
+def test_feature_injection_in_half_precision_is_as_exact_as_plain_sampling(small, nodes, dtype):
     half = small.clone()
     half.set_model_compute_dtype(dtype)
     _, inversion = invert(nodes, small)
@@ -333,6 +333,6 @@ def test_half_precision_loses_no_more_than_without_it(small, nodes, dtype):
         return (rounded - exact).abs().mean()
 
     assert 0 < error(partial(inject, nodes, inversion=inversion, **ALL)) < 2 * error(lambda model: model)
-    # In half precision, too, the source at its own latents is not changed.
+    # Half precision keeps the source at its own latents as well.
     asked = (inversion.latents[1], down(inversion), 1, prompt(1))
     assert torch.equal(ask(inject(nodes, half, inversion, **ALL), *asked), ask(half, *asked))

@@ -1,4 +1,4 @@
-"""Inversions in a real UNet: what their record holds, where features are stored, which grids are refused."""
+"""Inversions in a real UNet: their record, storage of features, refused schedules."""
 
 import re
 import shutil
@@ -14,7 +14,7 @@ from tests.inversion_helpers import ALL, guide, inject, invert, sample, store, s
 # --- the record ---
 
 
-def test_a_record_holds_what_sampling_needs(small, nodes):
+def test_ddim_inversion_records_everything_sampling_needs(small, nodes):
     latent = latents()
     noise, inversion = invert(nodes, small, latent=latent, steps=4, multiple=2, refinements=1)
     assert_close(inversion.clip, small.model.process_latent_in(latent["samples"]))
@@ -28,7 +28,7 @@ def test_a_record_holds_what_sampling_needs(small, nodes):
     assert torch.equal(inversion.conditioning["cond"], prompt(1)[0][0])
 
 
-def test_every_kind_of_prompt_inverts_and_plain_ones_are_kept(sd15, small, nodes, control):
+def test_ddim_inversion_accepts_every_prompt_and_stores_plain_ones(sd15, small, nodes, control):
     extras = {"pooled_output": torch.randn(1, 11), "width": 7, "crop": None}
     kept = invert(nodes, small, prompt(1, **extras), steps=1)[1]
     assert kept.conditioning.keys() == {"cond", "pooled_output"} and kept.about["prompt"] == {"width": 7}
@@ -40,7 +40,7 @@ def test_every_kind_of_prompt_inverts_and_plain_ones_are_kept(sd15, small, nodes
 # --- storage ---
 
 
-def test_every_storage_gives_the_same_edit(small, nodes, base):
+def test_feature_injection_edits_are_equal_for_every_storage(small, nodes, base):
     model, edits = guide(nodes, small), {}
     noise, inversion = invert(nodes, model, steps=5, refinements=1)
     for storage in ("recompute", "memory", "disk"):
@@ -51,11 +51,11 @@ def test_every_storage_gives_the_same_edit(small, nodes, base):
     assert torch.equal(edits["memory"], edits["disk"])
     assert_close(edits["recompute"], edits["memory"])
     assert not torch.equal(sample(nodes, model, noise), edits["memory"])
-    # On disk, features have no name that could be left behind.
+    # Features on disk have no file name that could be left behind.
     assert not list((base / "temp").glob("*.safetensors"))
 
 
-def test_feature_injection_recomputes_what_is_not_stored(small, nodes):
+def test_feature_injection_recomputes_features_that_are_not_stored(small, nodes):
     noise, inversion = invert(nodes, small, steps=5)
     stored = store(nodes, small, inversion, share=0.6)
     fewer = {"resnet_share": 0.2, "attention_share": 0.4, "resnet_blocks": "0", "attention_blocks": "1-2"}
@@ -89,13 +89,13 @@ def test_store_features_reports_the_size_before_the_run(small, nodes, host_modul
     assert taken == 4 * one * 2**20
 
 
-def test_ddim_inversion_reports_what_it_keeps_for_resuming(small, nodes, lines):
+def test_ddim_inversion_reports_the_size_of_unfinished_inversions(small, nodes, lines):
     invert(nodes, small, latent=latents(2, 37, 41))
     assert lines()[0].startswith("unfinished inversions use up to 0.1 MiB of 4.00 GiB")
 
 
 @pytest.mark.parametrize("storage", ["memory", "disk"])
-def test_store_features_refuses_what_does_not_fit(comfy, small, nodes, host_module, base, storage):
+def test_store_features_refuses_features_larger_than_free_space(comfy, small, nodes, host_module, base, storage):
     def never(apply_model, arguments):
         raise AssertionError("the UNet was called")
 
@@ -120,10 +120,10 @@ def test_store_features_refuses_what_does_not_fit(comfy, small, nodes, host_modu
         str(caught.value),
     )
     assert found, caught.value
-    assert float(found[1]) == pytest.approx(free / 2**30, rel=0.2)  # other programs take and give back
+    assert float(found[1]) == pytest.approx(free / 2**30, rel=0.2)  # other programs allocate and free
 
 
-def test_store_features_refuses_to_store_nothing(small, nodes):
+def test_store_features_refuses_an_empty_selection(small, nodes):
     _, inversion = invert(nodes, small)
     with refused("Store Features", "at least one block and one step", "Increase `share`"), watched(small) as calls:
         store(nodes, small, inversion, share=0.0)
@@ -163,8 +163,8 @@ def test_ddim_inversion_refuses_too_many_steps_before_the_run(small, nodes, step
     assert not calls
 
 
-def test_the_schedule_travels_with_the_noise(small, nodes):
-    """Sampling takes as many steps as were asked for in the inversion, and at its sigmas."""
+def test_ddim_sampler_takes_the_schedule_from_the_noise(small, nodes):
+    """Sampling has the steps and sigmas of the inversion."""
     for steps, multiple in ((3, 1), (3, 2), (7, 1)):
         noise, inversion = invert(nodes, small, steps=steps, multiple=multiple)
         _, sigmas = call(nodes["DDIMSamplerSelect"], model=small, noise=noise)

@@ -1,4 +1,4 @@
-"""Schedules that only go forward say in an inversion, where sigma climbs, what they say in sampling."""
+"""Forward-only keyframe schedules in an inversion, where sigma rises: the same keyframe per sigma as in sampling."""
 
 import functools
 
@@ -22,7 +22,7 @@ class Keyframe:
 
 
 class Schedule:
-    """Goes to the next keyframe as sigma falls, a keyframe a step at most, and never back; told `seen` where it is."""
+    """Advance by at most one keyframe per step as sigma falls, and never back."""
 
     def __init__(self, percents=PERCENTS, strengths=STRENGTHS):
         self.frames = [Keyframe(*pair) for pair in zip(percents, strengths, strict=True)]
@@ -40,13 +40,16 @@ class Schedule:
                 if self.frames[place].start_t < sigma:
                     break
                 self.place = place
-                if self.frames[place].start_t <= most:  # of those that begin within the run, each has one step
+                if self.frames[place].start_t <= most:  # every keyframe that begins within the run holds for a step
                     break
         return self.frames[self.place].strength
 
 
 def control_of(schedule, ranges=None):
-    """A CONDITIONING with a ControlNet of somebody's pack: `schedule` or, without, constant on each percent range."""
+    """Return a CONDITIONING with another pack's ControlNet, and the (sigma, strength) pairs of its calls.
+
+    It follows `schedule`, or has a constant weight on each of the percent ranges.
+    """
     from comfy.controlnet import ControlBase
 
     class Control(ControlBase):
@@ -81,13 +84,13 @@ def control_of(schedule, ranges=None):
 
 
 def holds(model, sigma, percents=PERCENTS, strengths=STRENGTHS):
-    """The strength of the last keyframe that begins at or above a sigma."""
+    """Return the strength of the last keyframe that begins at or above a sigma."""
     begins = [model.get_model_object("model_sampling").percent_to_sigma(percent) for percent in percents]
     return [strength for begin, strength in zip(begins, strengths, strict=True) if begin >= sigma][-1]
 
 
 def looks_at(model, schedule):
-    """MODEL that multiplies its input by what the schedule says: it is attached, and in a closure."""
+    """Return MODEL with a wrapper that scales its input by the schedule, which is in the wrapper's closure."""
     model = model.clone()
     begin = model.get_model_object("model_sampling").percent_to_sigma
 
@@ -106,7 +109,7 @@ SEEN = []
 
 
 @pytest.mark.parametrize("refinements", [0, 2])
-def test_a_control_of_any_kind_says_what_holds(small, nodes, refinements):
+def test_ddim_inversion_uses_the_keyframe_in_force_of_a_control(small, nodes, refinements):
     conditioning, seen = control_of(Schedule())
     invert(nodes, small, conditioning, steps=STEPS, refinements=refinements)
     assert len(seen) >= STEPS and [sigma for sigma, _ in seen] == sorted(sigma for sigma, _ in seen)
@@ -114,7 +117,7 @@ def test_a_control_of_any_kind_says_what_holds(small, nodes, refinements):
     assert {strength for _, strength in seen} == set(STRENGTHS)
 
 
-def test_a_control_in_a_chain_says_what_holds(small, nodes):
+def test_ddim_inversion_uses_the_keyframe_in_force_of_a_chained_control(small, nodes):
     conditioning, seen = control_of(Schedule(), [(0.25, (0.0, 1.0))])
     invert(nodes, small, conditioning, steps=STEPS)
     of_schedule = [pair for pair in seen if pair[1] != 0.25]
@@ -122,7 +125,7 @@ def test_a_control_in_a_chain_says_what_holds(small, nodes):
 
 
 @pytest.mark.parametrize("where", ["closure", "attachment", "partial"])
-def test_a_schedule_on_the_model_says_what_holds(small, nodes, where):
+def test_ddim_inversion_uses_the_keyframe_in_force_of_a_model_patch(small, nodes, where):
     schedule = Schedule()
     model = looks_at(small, schedule)
     if where == "partial":
@@ -134,7 +137,7 @@ def test_a_schedule_on_the_model_says_what_holds(small, nodes, where):
     assert [(sigma, holds(small, sigma)) for sigma, _ in SEEN] == SEEN and len(SEEN) == STEPS
 
 
-def test_store_features_stores_what_schedules_say_in_sampling(small, nodes):
+def test_store_features_uses_the_keyframes_of_sampling(small, nodes):
     conditioning, seen = control_of(Schedule())
     inversion = invert(nodes, small, conditioning, steps=STEPS, refinements=1)[1]
     seen.clear()
@@ -152,7 +155,7 @@ def test_store_features_stores_what_schedules_say_in_sampling(small, nodes):
 
 
 def hooked(model, base, percents, strengths, **extras):
-    """A CONDITIONING with a LoRA on the prompt whose strength follows hook keyframes, as the stock nodes make it."""
+    """Return a CONDITIONING with a LoRA whose strength follows hook keyframes, made with the stock nodes."""
     import comfy.hooks
     from comfy_extras.nodes_hooks import CreateHookKeyframe, SetHookKeyframes
 
@@ -165,7 +168,7 @@ def hooked(model, base, percents, strengths, **extras):
     return prompt(1, hooks=hooks, **extras)
 
 
-def test_hook_keyframes_say_what_holds(small, nodes, base):
+def test_ddim_inversion_uses_the_hook_keyframe_in_force(small, nodes, base):
     scheduled = invert(nodes, small, hooked(small, base, PERCENTS, STRENGTHS), steps=STEPS, refinements=1)[1]
     ends = (*PERCENTS[1:], 1.0)
     apart = [
@@ -176,13 +179,13 @@ def test_hook_keyframes_say_what_holds(small, nodes, base):
     plain = invert(nodes, small, steps=STEPS, refinements=1)[1]
     assert_close(scheduled.noise, constant.noise)
     assert (scheduled.noise - plain.noise).abs().max() > 1e-3
-    # Again, and after a run that left the hooks at their last keyframe.
+    # Repeat after a run that left the hooks at their last keyframe.
     assert same(
         invert(nodes, small, hooked(small, base, PERCENTS, STRENGTHS), steps=STEPS, refinements=1)[1], scheduled
     )
 
 
-def test_an_inversion_leaves_schedules_as_they_were(small, nodes):
+def test_ddim_inversion_restores_schedules(small, nodes):
     conditioning, _ = control_of(schedule := Schedule())
     invert(nodes, small, conditioning, steps=STEPS)
     assert (schedule.place, schedule.before) == (0, None)
@@ -199,7 +202,7 @@ def test_ddim_inversion_with_keyframes_resumes_after_a_break(small, nodes, break
     assert len(calls) == 2
 
 
-def test_ddim_inversion_with_changed_keyframes_begins_anew(small, nodes, break_off, lines):  # noqa: F811
+def test_ddim_inversion_with_changed_keyframes_starts_over(small, nodes, break_off, lines):  # noqa: F811
     schedule = Schedule()
     conditioning, _ = control_of(schedule)
     break_off(lambda: invert(nodes, small, conditioning, steps=4), 2)

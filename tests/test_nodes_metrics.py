@@ -1,4 +1,4 @@
-"""How well a clip comes back, and what Reconstruction Check says of it."""
+"""Reconstruction quality after inversion and sampling, and the report of Reconstruction Check."""
 
 import math
 import re
@@ -14,7 +14,7 @@ from tests.inversion_helpers import guide, invert, sample
 
 @pytest.fixture(scope="module")
 def vae(comfy, base, models):
-    """The autoencoder of the random checkpoint: averages and enlarges."""
+    """The autoencoder of the random checkpoint, which averages and enlarges pixels."""
     import comfy.sd
 
     path = str(base / "models/checkpoints" / models["sd15"])
@@ -22,18 +22,18 @@ def vae(comfy, base, models):
 
 
 def pictures(seed=0, frames=FRAMES):
-    """Frames of squares of 8x8 pixels in random colours."""
+    """Return frames of 8x8 squares in random colours."""
     colours = torch.rand(frames, HEIGHT, WIDTH, 3, generator=torch.Generator().manual_seed(seed))
     return colours.repeat_interleave(8, 1).repeat_interleave(8, 2)
 
 
-# --- how well a clip comes back ---
+# --- reconstruction quality ---
 
 
 @pytest.mark.parametrize(
     ("guided", "dtype", "least"), [(False, None, 45), (True, None, 45), (True, torch.bfloat16, 50)]
 )
-def test_fifty_steps_with_two_refinements_bring_the_clip_back(small, nodes, vae, guided, dtype, least):
+def test_reconstruction_check_psnr_of_fifty_steps_with_two_refinements(small, nodes, vae, guided, dtype, least):
     source = pictures()
     latent = {"samples": vae.encode(source)}
     model = small.clone()
@@ -49,7 +49,7 @@ def test_fifty_steps_with_two_refinements_bring_the_clip_back(small, nodes, vae,
     assert lowest >= least
 
 
-def test_each_refinement_brings_it_nearer_and_advice_follows(small, nodes, vae):
+def test_reconstruction_check_psnr_rises_with_refinements(small, nodes, vae):
     source = pictures()
     latent = {"samples": vae.encode(source)}
     lowest = []
@@ -67,7 +67,7 @@ def test_each_refinement_brings_it_nearer_and_advice_follows(small, nodes, vae):
 
 
 def loss(clip, frame, size):
-    """The clip with noise in one frame, `size` dB below full."""
+    """Return the clip with one frame offset by `size` dB below full scale."""
     changed = clip.clone()
     changed[frame] += 10 ** (-size / 20)
     return changed
@@ -77,7 +77,7 @@ def loss(clip, frame, size):
     ("decibels", "verdict", "advice"),
     [(40.0, "Good", None), (27.0, "Fair", "more refinements"), (13.0, "Poor", "more refinements")],
 )
-def test_the_worst_frame_decides(small, nodes, lines, decibels, verdict, advice):
+def test_reconstruction_check_verdict_follows_the_worst_frame(small, nodes, lines, decibels, verdict, advice):
     source = pictures()
     back = loss(loss(source, 1, decibels), 2, 60.0)
     sheet, report = call(nodes["ReconstructionCheck"], source=source, reconstruction=back)
@@ -93,7 +93,7 @@ def test_the_worst_frame_decides(small, nodes, lines, decibels, verdict, advice)
     assert torch.equal(sheet, torch.cat((source, back), 2))
 
 
-def test_what_the_vae_loses_is_told_apart(small, nodes):
+def test_reconstruction_check_separates_the_loss_of_the_vae(small, nodes):
     source = pictures()
     vae_only = loss(source, 0, 20.0)
     back = loss(vae_only, 0, 35.0)
@@ -111,7 +111,7 @@ def test_what_the_vae_loses_is_told_apart(small, nodes):
     assert alone.startswith("Poor") and "The VAE" not in alone
 
 
-def test_advice_knows_how_the_inversion_went(small, nodes):
+def test_reconstruction_check_advice_depends_on_the_inversion(small, nodes):
     source = pictures()
     back = loss(source, 0, 20.0)
     _, one = invert(nodes, small, steps=2, refinements=1)
@@ -126,7 +126,7 @@ def test_advice_knows_how_the_inversion_went(small, nodes):
     assert "refining diverged in 1 steps, first in step 2" in worse.quality()
 
 
-def test_pictures_of_other_sizes(nodes):
+def test_reconstruction_check_refuses_other_sizes_and_ignores_alpha(nodes):
     source = pictures()
     for name in ("reconstruction", "vae_only"):
         for other in (pictures(frames=2), source[:, :16], source[:, :, :24]):
@@ -134,12 +134,12 @@ def test_pictures_of_other_sizes(nodes):
             clips = {"source": source, "reconstruction": source} | {name: other}
             with refused("Reconstruction Check", "source is 3 frames of 56x40", f"{name} is {spelled}", "same frames"):
                 call(nodes["ReconstructionCheck"], **clips)
-    # Transparency is not compared.
+    # Alpha is not compared.
     alpha = torch.cat((source, torch.rand(*source.shape[:3], 1)), 3)
     assert call(nodes["ReconstructionCheck"], source=alpha, reconstruction=source)[1].startswith("Good")
 
 
-# --- its words ---
+# --- verdict ---
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def verdict(nodes):
     ("decibels", "word"),
     [(math.inf, "Good"), (45, "Good"), (30, "Good"), (29.9, "Fair"), (25, "Fair"), (24.9, "Poor"), (3, "Poor")],
 )
-def test_verdict_on_the_worst_frame(verdict, decibels, word):
+def test_verdict_rates_the_psnr(verdict, decibels, word):
     text = verdict(decibels)
     assert text.startswith(f"{word}: ")
     assert ("Edit on this inversion" in text) == (word == "Good")
@@ -177,7 +177,7 @@ def test_verdict_advises_against_a_multiple(verdict):
         (None, True, "steps"),
     ],
 )
-def test_verdict_says_what_to_set(verdict, decibels, refinements, diverged, more):
+def test_verdict_names_the_setting_to_raise(verdict, decibels, refinements, diverged, more):
     text = verdict(decibels, refinements, diverged)
     assert f"Set more {more} in DDIM Inversion" in text
     assert "source prompt, cfg 1, and the same model" in text
@@ -185,6 +185,6 @@ def test_verdict_says_what_to_set(verdict, decibels, refinements, diverged, more
 
 @pytest.mark.parametrize("decibels", [40, 27, 20])
 @pytest.mark.parametrize(("vae", "told"), [(None, False), (40, False), (25, False), (24.9, True), (10, True)])
-def test_verdict_tells_what_the_vae_loses(verdict, decibels, vae, told):
+def test_verdict_mentions_a_high_loss_of_the_vae(verdict, decibels, vae, told):
     assert ("VAE alone loses much" in verdict(decibels, vae=vae)) == told
     assert verdict(decibels, vae=vae).startswith(verdict(decibels))

@@ -1,4 +1,4 @@
-"""`nodes/host/errors.py`: an error begins with the name of one node, and of one only."""
+"""`nodes/host/errors.py`: every error begins with the name of exactly one node."""
 
 import inspect
 
@@ -31,18 +31,18 @@ def broken(host_module):
 
 
 @pytest.mark.parametrize("kind", [ValueError, OSError, FileNotFoundError, ImportError, FloatingPointError])
-def test_named_adds_the_name_that_the_menu_shows(broken, host_module, kind):
+def test_named_adds_the_display_name(broken, host_module, kind):
     with pytest.raises(host_module.errors.NodeError, match=r"^Broken Node: some text$") as caught:
         broken(kind("some text")).execute()
     assert type(caught.value.__cause__) is kind
 
 
-def test_named_leaves_an_error_that_names_a_node(broken, host_module):
+def test_named_keeps_an_error_that_names_a_node(broken, host_module):
     with pytest.raises(host_module.errors.NodeError, match=r"^TokenFlow: some text$"):
         broken(host_module.errors.NodeError("TokenFlow", "some text")).execute()
 
 
-def test_named_lets_interruptions_and_lack_of_memory_pass(comfy, broken):
+def test_named_passes_on_interrupts_and_out_of_memory(comfy, broken):
     import comfy.model_management as management
 
     for error in (management.InterruptProcessingException(), management.OOM_EXCEPTION("full"), KeyboardInterrupt()):
@@ -51,14 +51,14 @@ def test_named_lets_interruptions_and_lack_of_memory_pass(comfy, broken):
         assert caught.value is error
 
 
-def test_named_keeps_the_signature_that_comfyui_reads(nodes):
+def test_named_keeps_the_signature_of_execute(nodes):
     for node in nodes.values():
         taken = inspect.signature(node.execute).parameters
         assert {slot.id for slot in node.define_schema().inputs or []} == set(taken), node
 
 
-def test_an_error_inside_a_run_names_the_node_that_raised_it(small, nodes):
-    """Feature Injection's check runs inside of DDIM Sampler."""
+def test_naming_names_the_node_that_raised_an_error_in_a_run(small, nodes):
+    """Feature Injection's check runs inside DDIM Sampler."""
     noise, inversion = invert(nodes, small)
     other = {**noise, "samples": noise["samples"][..., :4]}
     patched = inject(nodes, small, inversion)
@@ -67,7 +67,7 @@ def test_an_error_inside_a_run_names_the_node_that_raised_it(small, nodes):
         call(nodes["DDIMSampler"], **wires, cfg=1.0)
 
 
-def test_an_error_of_the_model_names_the_node_that_runs_it(small, nodes):
+def test_named_names_the_node_that_runs_a_failing_model(small, nodes):
     def broken(apply, args):
         raise ValueError("some text")
 
@@ -77,6 +77,6 @@ def test_an_error_of_the_model_names_the_node_that_runs_it(small, nodes):
         call(nodes["DDIMInversion"], model=model, conditioning=prompt(1), latent=latents(), steps=2)
 
 
-def test_names_of_checks_are_those_of_nodes(nodes, host_module):
+def test_checks_name_existing_nodes(nodes, host_module):
     names = {host_module.status.name_of(node) for node in nodes.values()}
     assert set(host_module.checks.NODES.values()) <= names

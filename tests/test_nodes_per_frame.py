@@ -1,185 +1,36 @@
-"""What goes with frames stays with its frames wherever a batch is cut: by batch size, keyframes or windows.
+"""Per-frame inputs stay with their frames wherever a batch is cut: by batch size, keyframes or windows.
 
-Each test compares with a run that cuts nothing. Frames attend to themselves only, so no cut may change a result.
+Each test compares with an uncut run. Frames attend only to themselves, so a cut must not change the result.
 """
 
-from functools import cache
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tests.helpers import HEIGHT, WIDTH, call, hints, latents, predict, prompt, refused, windowed
-from tests.inversion_helpers import ALL, answer_at, flow, guide, inject, invert, sample, store, tiny
+from tests.helpers import call, latents, predict, prompt
+from tests.inversion_helpers import ALL, answer_at, flow, guide, inject, invert, sample, tiny
+from tests.per_frame_helpers import (
+    CUTS,
+    LONG,
+    AnchoredWindows,
+    alone,
+    anchored,
+    assert_near,
+    drop_control,  # noqa: F401  (a fixture)
+    evolved,
+    hinted,
+    image_prompts,
+    masked,
+    rows,
+)
 
-LONG = 5
 STEPS = LONG - 1  # core's windows (0.3.75) compare sigmas with frames one by one
-
-
-def assert_near(got, expected, share=1e-3):
-    """Equal but for rounding, which depends on how many frames run together; a wrong row is off by a tenth or more."""
-    assert (got - expected).norm() <= share * expected.norm()
-
-
-# --- clips and what goes with them ---
-
-
-def rows(seed, frames=LONG):
-    """A prompt with a row for each frame."""
-    ((text, extras),) = prompt(seed)
-    generator = torch.Generator().manual_seed(seed)
-    return [[text + 5 * torch.randn(frames, 77, text.shape[2], generator=generator), extras]]
-
-
-def masked(seed, frames=LONG):
-    """A prompt with a mask for each frame, over another one."""
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        *prompt(seed, mask=torch.rand(frames, 8 * HEIGHT, 8 * WIDTH, generator=generator)),
-        *prompt(seed + 10, strength=0.3),
-    ]
-
-
-@cache
-def tiny_control():
-    """A random ControlNet for a tiny MODEL of two levels, of ComfyUI's own kind."""
-    import comfy.cldm.cldm
-    import comfy.controlnet
-    import comfy.ops
-
-    config = {name: value for name, value in tiny().model.model_config.unet_config.items() if name != "out_channels"}
-    config |= {"hint_channels": 3, "operations": comfy.ops.disable_weight_init, "transformer_depth": [1, 1]}
-    net, generator = comfy.cldm.cldm.ControlNet(**config), torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for weight in net.parameters():
-            weight.normal_(0, 0.7 / weight[0].numel() ** 0.5, generator=generator)
-    return comfy.controlnet.ControlNet(net.eval(), load_device=torch.device("cpu"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def drop_control():
-    """Free the ControlNet while the host's modules are still there."""
-    yield
-    tiny_control.cache_clear()
-
-
-def hinted(seed, frames=LONG):
-    """A prompt with a hint for each frame, on a ControlNet with one hint for all."""
-    from nodes import ControlNetApplyAdvanced
-
-    conditioning = prompt(seed)
-    for number, strength in ((1, 0.5), (frames, 1.0)):
-        pictures = hints(number, seed=seed + number)
-        apply = ControlNetApplyAdvanced().apply_controlnet
-        conditioning = apply(conditioning, conditioning, tiny_control(), pictures, strength, 0.0, 1.0)[0]
-    return conditioning
-
-
-def image_prompts(model, frames=LONG, seed=3):
-    """MODEL with an image prompt a frame as IPAdapter has it: known to frames by `ad_params`, else by its place."""
-    images = torch.randn(frames, 11, generator=torch.Generator().manual_seed(seed))
-
-    def added(tokens, options):
-        params = options.get("ad_params")
-        batch = len(tokens) // len(options["cond_or_uncond"])
-        frames = range(batch) if params is None or params["sub_idxs"] is None else params["sub_idxs"]
-        assert params is None or params["full_length"] == len(images)
-        some = images[[*frames]].repeat(len(options["cond_or_uncond"]), 1).mean(1)
-        return tokens + some[:, None, None]
-
-    model = model.clone()
-    model.set_model_attn2_output_patch(added)
-    return model
-
-
-# --- windows ---
-
-
-def core_windows(model, length, **settings):
-    """MODEL with the stock node's context windows, with and without what newer hosts add by default."""
-    return windowed(model, context_length=length, **{"causal_window_fix": False} | settings)
-
-
-class AnchoredWindows:
-    """Core's context handler as it is since 0.21: a window runs with the frame before it, which is cut away after.
-
-    Like core's, it cuts tensors that have a row for each frame, and leaves hints whole.
-    """
-
-    context_length = 3
-
-    def __init__(self, windows):
-        self.windows = windows
-
-    def should_use_context(self, model, conds, x_in, timestep, model_options):
-        return True
-
-    def execute(self, run, model, conds, x, timestep, model_options):
-        total, count = [torch.zeros_like(x) for _ in conds], torch.zeros(len(x), 1, 1, 1)
-        for frames in self.windows:
-            anchor = frames[0] - 1
-            batch = [anchor, *frames] if anchor >= 0 else frames
-            window = SimpleNamespace(index_list=frames, causal_anchor_index=anchor if anchor >= 0 else None)
-            model_options["transformer_options"]["context_window"] = window
-            cut = [some and [self.cut(cond, batch, len(x)) for cond in some] for some in conds]
-            parts = run(model, cut, x[batch], timestep[batch], model_options)
-            for whole, part in zip(total, parts, strict=True):
-                whole[frames] += part[len(batch) - len(frames) :]
-            count[frames] += 1
-        return [whole / count for whole in total]
-
-    @staticmethod
-    def cut(cond, batch, clip):
-        made = {
-            name: value._copy_with(value.cond[batch]) if len(value.cond) == clip else value
-            for name, value in cond["model_conds"].items()
-        }
-        mask = {"mask": cond["mask"][batch]} if "mask" in cond and len(cond["mask"]) == clip else {}
-        return {**cond, "model_conds": made, **mask}
-
-
-def anchored(model, windows=([0, 1, 2], [3, 4])):
-    model = model.clone()
-    model.model_options["context_handler"] = AnchoredWindows(windows)
-    return model
-
-
-def evolved(model, windows=([0, 1, 2], [2, 3, 4]), whole=False):
-    """MODEL with windows as AnimateDiff-Evolved cuts them, in a wrapper; `whole` publishes, but does not cut."""
-
-    def cut(executor, model, conds, x, timestep, model_options):
-        if whole:
-            return executor(model, conds, x, timestep, model_options)
-        total, count = [torch.zeros_like(x) for _ in conds], torch.zeros(len(x), 1, 1, 1)
-        params = model_options["transformer_options"]["ad_params"]
-        for frames in windows:
-            params |= {"sub_idxs": frames, "context_length": len(frames)}
-            parts_of = [some and [AnchoredWindows.cut(cond, frames, len(x)) for cond in some] for some in conds]
-            parts = executor(model, parts_of, x[frames], timestep[frames], model_options)
-            for all_frames, part in zip(total, parts, strict=True):
-                all_frames[frames] += part
-            count[frames] += 1
-        return [all_frames / count for all_frames in total]  # `sub_idxs` stays, as theirs does
-
-    model = model.clone()
-    params = {"full_length": LONG, "context_length": 3, "sub_idxs": None}
-    model.model_options["transformer_options"]["ad_params"] = params
-    model.add_wrapper_with_key("calc_cond_batch", "ADE", cut)
-    return model
-
-
-CUTS = {
-    "core": lambda model: core_windows(model, 3),
-    "core with anchors": lambda model: core_windows(model, 3, causal_window_fix=True),
-    "anchored": anchored,
-    "anchored and looped": lambda model: anchored(model, ([0, 1, 2], [3, 4, 2], [4, 0])),
-    "evolved": evolved,
-}
 
 
 @pytest.fixture(params=["before", "after"])
 def cut_with(request):
-    """A cut and what patches a MODEL -> MODEL cut before or after it is patched."""
+    """Name of a cut, patch, MODEL -> MODEL cut before or after it is patched."""
 
     def made(cut, patch, model):
         return patch(CUTS[cut](model)) if request.param == "before" else CUTS[cut](patch(model))
@@ -187,17 +38,12 @@ def cut_with(request):
     return made
 
 
-def alone(nodes, model):
-    """MODEL with this pack's attention, in which frames see themselves only."""
-    return call(nodes["CorrespondenceAttention"], model=model, spatial_temporal="own frame")[0]
-
-
 # --- sampling ---
 
 
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("kind", ["rows", "masks", "hints", "images"])
-def test_windows_change_nothing_where_frames_see_themselves_only(small, nodes, cut_with, cut, kind):
+def test_correspondence_attention_of_own_frame_is_independent_of_windows(small, nodes, cut_with, cut, kind):
     make = {"rows": rows, "masks": masked, "hints": hinted}.get(kind, prompt)
     model = image_prompts(small) if kind == "images" else small
     asked = (latents(LONG), make(2), make(3), 2.0)
@@ -207,19 +53,19 @@ def test_windows_change_nothing_where_frames_see_themselves_only(small, nodes, c
 
 
 @pytest.mark.parametrize("cut", CUTS)
-def test_inversion_and_sampling_of_an_unpatched_model_are_cut_alike(small, nodes, cut):
+def test_ddim_inversion_and_sampler_are_independent_of_windows(small, nodes, cut):
     windowed = CUTS[cut](small)
     wires = {"conditioning": hinted(2), "latent": latents(LONG), "steps": STEPS}
     (noise, _), (expected, _) = (invert(nodes, model, **wires) for model in (windowed, small))
-    # Little of a hint is left in noise.
+    # Hints hardly affect the noise.
     assert_near(noise["samples"], expected["samples"], 1e-5)
     edits = [sample(nodes, model, expected, hinted(3)) for model in (windowed, small)]
     assert_near(*edits, 1e-5)
 
 
 @pytest.mark.parametrize("cut", ["anchored", "evolved"])
-def test_hints_are_cut_once_for_both_prompts_and_not_kept(small, nodes, cut):
-    """Both halves run together only while they share one ControlNet; the user's keeps nothing of the run."""
+def test_cut_controls_cuts_hints_once_for_both_prompts(small, nodes, cut):
+    """Both halves run together only while they share one ControlNet; the user's ControlNet is unchanged."""
     shared = hinted(1)
     (positive,) = shared
     negative = [[prompt(3)[0][0], {"control": positive[1]["control"]}]]
@@ -242,7 +88,7 @@ def test_hints_are_cut_once_for_both_prompts_and_not_kept(small, nodes, cut):
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("kind", ["rows", "images"])
-def test_features_do_not_depend_on_the_batch_size(small, nodes, batch_size, kind):
+def test_diffusion_features_of_per_frame_inputs_are_independent_of_batch_size(small, nodes, batch_size, kind):
     model = image_prompts(small) if kind == "images" else small
     source = rows(1) if kind == "rows" else prompt(1)
     settings = {"latent": latents(LONG), "conditioning": source}
@@ -254,14 +100,14 @@ def test_features_do_not_depend_on_the_batch_size(small, nodes, batch_size, kind
 
 
 @pytest.mark.parametrize("cut", CUTS)
-def test_features_are_taken_without_windows(small, nodes, cut):
+def test_diffusion_features_ignore_windows(small, nodes, cut):
     settings = {"latent": latents(LONG), "conditioning": rows(1), "batch_size": 3}
     expected = call(nodes["DiffusionFeatures"], model=small, **settings)[0].tokens
     assert torch.equal(call(nodes["DiffusionFeatures"], model=CUTS[cut](small), **settings)[0].tokens, expected)
 
 
 def instruct(seed=0):
-    """A tiny InstructPix2Pix MODEL: latents of a picture beside the noisy ones."""
+    """Return a tiny InstructPix2Pix MODEL, which concatenates latents of a picture with the noisy ones."""
     import comfy.model_patcher
     import comfy.supported_models
 
@@ -276,7 +122,7 @@ def instruct(seed=0):
     return comfy.model_patcher.ModelPatcher(model.eval(), cpu, cpu)
 
 
-def test_pictures_of_instruct_models_stay_with_their_frames(comfy, nodes):
+def test_diffusion_features_keep_pictures_of_instruct_models_with_their_frames(comfy, nodes):
     with torch.inference_mode():
         model = instruct()
         source = prompt(1, concat_latent_image=latents(LONG, seed=8)["samples"])
@@ -288,26 +134,26 @@ def test_pictures_of_instruct_models_stay_with_their_frames(comfy, nodes):
         assert_near(windowed, edit)
 
 
-# --- the source beside the edit ---
+# --- source and edit ---
 
 
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("kind", ["rows", "hints"])
-def test_feature_injection_gets_the_source_of_its_frames(small, nodes, cut_with, cut, kind):
+def test_feature_injection_in_windows_injects_the_source_of_the_same_frames(small, nodes, cut_with, cut, kind):
     source = {"rows": rows, "hints": hinted}[kind](1)
     noise, inversion = invert(nodes, small, conditioning=source, latent=latents(LONG), steps=STEPS)
 
     def patch(model):
         return inject(nodes, model, inversion, conditioning=source, **ALL)
 
-    # In several steps: AnimateDiff-Evolved leaves its last window behind after each.
+    # Several steps, because AnimateDiff-Evolved leaves its last window set after each.
     asked = (noise, rows(2), rows(3))
     assert_near(sample(nodes, cut_with(cut, patch, small), *asked), sample(nodes, patch(small), *asked))
 
 
 @pytest.mark.parametrize("kind", ["rows", "masks", "hints", "images"])
-def test_keyframes_run_alone_with_what_is_theirs(small, nodes, kind):
-    """Among all frames, where AnimateDiff-Evolved asks for it, and alone they give the same."""
+def test_token_flow_keyframes_run_with_their_own_per_frame_inputs(small, nodes, kind):
+    """Keyframes alone equal keyframes among all frames, the mode for AnimateDiff-Evolved."""
     make = {"rows": rows, "masks": masked, "hints": hinted}.get(kind, prompt)
     model = image_prompts(small) if kind == "images" else small
     _, inversion = invert(nodes, model, latent=latents(LONG), steps=2)
@@ -318,7 +164,7 @@ def test_keyframes_run_alone_with_what_is_theirs(small, nodes, kind):
 
 
 class FollowingControl:
-    """Hints known to frames by `ad_params`, kept until `sub_idxs` or the size say otherwise (Advanced-ControlNet)."""
+    """Hints selected by `ad_params` and cached until `sub_idxs` changes, as in Advanced-ControlNet."""
 
     def __init__(self, frames=LONG):
         self.strengths, self.kept, self.sub_idxs = torch.rand(frames), None, None
@@ -332,8 +178,8 @@ class FollowingControl:
         return tokens * (1 + shares[:, None, None])
 
 
-def test_the_whole_clip_is_named_after_a_part_of_it_ran(small, nodes):
-    """Else those who keep what they read last go on with the frames of the part: keyframes, then all frames."""
+def test_token_flow_publishes_the_whole_clip_after_the_keyframes(small, nodes):
+    """Otherwise code that caches its last selection would apply the keyframes' to all frames."""
     follower = FollowingControl()
     model = small.clone()
     model.set_model_attn2_output_patch(follower)
@@ -346,7 +192,7 @@ def test_the_whole_clip_is_named_after_a_part_of_it_ran(small, nodes):
 # --- windows with an anchor ---
 
 
-def test_a_window_with_an_anchor_is_guided_as_a_clip_of_its_frames(small, nodes):
+def test_correspondence_attention_treats_an_anchored_window_as_a_clip(small, nodes):
     guided = guide(nodes, small, latents(LONG))
     windows = ([0], [2, 3], [4, 1])
     batches = ([0], [1, 2, 3], [3, 4, 1])
@@ -357,7 +203,7 @@ def test_a_window_with_an_anchor_is_guided_as_a_clip_of_its_frames(small, nodes)
 
 
 def _only(model, batch):
-    """MODEL that runs on these frames alone; the others come out as zeros."""
+    """Return MODEL that runs only on these frames; the others are zeros."""
 
     class Part(AnchoredWindows):
         def execute(self, run, model, conds, x, timestep, model_options):
@@ -372,97 +218,10 @@ def _only(model, batch):
     return model
 
 
-def test_an_anchor_that_is_in_its_window_counts_once(small, nodes):
-    """Attention among all frames sees it twice, as core runs it; its matches are in a token's set once."""
+def test_correspondence_attention_counts_an_anchor_inside_its_window_once(small, nodes):
+    """Core runs the anchor twice; its matches are in a token's set only once."""
     guided = guide(nodes, small, latents(LONG), spatial_temporal="own frame")
     got = predict(anchored(guided, ([0, 1, 2, 3, 4], [4, 2, 3])), latents(LONG), prompt(1))
     whole, own = (predict(_only(guided, batch), latents(LONG), prompt(1)) for batch in ([*range(LONG)], [4, 2, 3]))
     assert not torch.allclose(whole[3], own[3], rtol=1e-2)
     assert_near(got[[2, 3, 4]], (whole + own)[[2, 3, 4]] / 2)
-
-
-# --- refused ---
-
-WRONG = {
-    "prompt": (lambda: rows(1, 2), ("the prompt has 2 rows for 3 frames", "one for each frame")),
-    "mask": (lambda: masked(1, 2), ("the mask of a prompt has 2 rows for 3 frames",)),
-    "picture": (
-        lambda: prompt(1, concat_latent_image=latents(2)["samples"]),
-        ("InstructPixToPixConditioning", "2 rows for 3 frames"),
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", WRONG)
-def test_nodes_refuse_rows_for_other_frames(small, nodes, kind):
-    make, wrong = WRONG[kind]
-    with refused("DDIM Inversion", *wrong):
-        invert(nodes, small, conditioning=make())
-    noise, inversion = invert(nodes, small)
-    with refused("DDIM Sampler", *wrong):
-        sample(nodes, small, noise, make())
-    with refused("Correspondence Attention", *wrong):  # in a stock sampler
-        predict(alone(nodes, small), latents(), prompt(2), make(), 2.0)
-    with refused("TokenFlow", *wrong):
-        answer_at(flow(nodes, small, inversion), inversion, 1, make())
-    with refused("Store Features", *wrong):
-        store(nodes, small, inversion, conditioning=make())
-    if kind != "mask":  # features are taken on the whole picture
-        with refused("Diffusion Features", *wrong):
-            call(nodes["DiffusionFeatures"], model=small, latent=latents(), conditioning=make())
-
-
-def test_a_controlnet_of_another_pack_that_cannot_be_cut_is_refused(small, nodes):
-    """Methods bound to the original, as Advanced-ControlNet has them, would run with the hints of all frames."""
-    ((text, extras),) = hinted(1)
-    net = extras["control"]
-    foreign = type("Foreign", (type(net),), {"__module__": "foreign_pack.nodes"})
-    other = net.copy()
-    other.__class__ = foreign
-    conditioning = [[text, {**extras, "control": other}]]
-    model = alone(nodes, small)
-    assert predict(model, latents(LONG), conditioning).isfinite().all()
-    with pytest.raises(ValueError, match=r"type Foreign \(foreign_pack\).*Advanced-ControlNet's for all"):
-        predict(anchored(model), latents(LONG), conditioning)
-    other.sub_idxs = None  # it goes by ad_params itself
-    assert predict(anchored(model), latents(LONG), conditioning).isfinite().all()
-
-
-class Reference:
-    """A hint that is no picture, as Advanced-ControlNet's reference has it: it answers to nothing."""
-
-    def __getattr__(self, name):
-        raise AttributeError("Invalid use of Reference Preprocess output")
-
-
-def test_nodes_refuse_reference_controlnets(small, nodes):
-    ((text, extras),) = hinted(1)
-    net = extras["control"].copy()
-    net.cond_hint_original, net.strength = Reference(), 0.0
-    conditioning = [[text, {**extras, "control": net}]]
-    _, inversion = invert(nodes, small)
-    wrong = ("expected ControlNets that take a picture", "got ControlNet", "Remove the reference")
-    for node, model in (
-        ("Correspondence Attention", alone(nodes, small)),
-        ("TokenFlow", flow(nodes, small, inversion)),
-    ):
-        with refused(node, *wrong):
-            answer_at(model, inversion, 1, conditioning)
-    with refused("Store Features", *wrong):
-        store(nodes, small, inversion, conditioning=conditioning)
-    with refused("Feature Injection", *wrong):
-        answer_at(inject(nodes, small, inversion, conditioning=conditioning, **ALL), inversion, 1)
-    net.cond_hint_original, net.ref_opts = hints(1), object()  # as it is once it has run
-    with refused("Correspondence Attention", *wrong):
-        answer_at(alone(nodes, small), inversion, 1, conditioning)
-
-
-def test_a_batch_cut_without_a_word_is_refused(small, nodes):
-    def cut(executor, model, conds, x, timestep, model_options):
-        parts = [executor(model, conds, x[i : i + 2], timestep[i : i + 2], model_options) for i in range(0, len(x), 2)]
-        return [torch.cat(some) for some in zip(*parts, strict=True)]
-
-    model = small.clone()
-    model.add_wrapper_with_key("calc_cond_batch", "cutter", cut)
-    with pytest.raises(ValueError, match="run on 2 frames of a clip of 5, and no context window"):
-        predict(alone(nodes, model), latents(LONG), prompt(1))

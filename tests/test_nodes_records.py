@@ -1,4 +1,4 @@
-"""Inversions and correspondences that are saved and loaded: the same bits, or refused with the reason."""
+"""Saving and loading of inversions and correspondences: bit-identical, or refused with the reason."""
 
 import os
 import re
@@ -25,12 +25,12 @@ from tests.inversion_helpers import (
     watched,
 )
 
-# --- saved and loaded ---
+# --- inversions ---
 
 
 @pytest.fixture
 def saved(nodes, base):
-    """Inversion -> the name of its file in Load Inversion's list, once saved."""
+    """Inversion -> its file name in Load Inversion's list after saving."""
 
     def save(inversion, prefix="cove/test") -> str:
         before = set(listed(nodes))
@@ -48,11 +48,11 @@ def listed(nodes) -> list[str]:
 
 
 @pytest.mark.parametrize("storage", ["recompute", "memory", "disk"])
-def test_load_inversion_gives_what_was_saved_and_edits_alike(small, nodes, saved, storage, lines):
+def test_load_inversion_returns_the_saved_inversion_and_equal_edits(small, nodes, saved, storage, lines):
     noise, inversion = invert(nodes, small, refinements=2)
-    inversion = store_unless_recomputed(nodes, small, inversion, storage, share=0.7)  # of 2 of 3 steps
+    inversion = store_unless_recomputed(nodes, small, inversion, storage, share=0.7)  # 2 of 3 steps
     assert sorted(inversion.features) == ([] if storage == "recompute" else [1, 2])
-    blocks = ALL if storage == "recompute" else {}  # those that are stored
+    blocks = ALL if storage == "recompute" else {}  # the stored ones
     file = saved(inversion)
     assert re.search(r"^saved as test_00001_.inversion.safetensors, \d+\.\d MiB$", lines()[-1])
     loaded_noise, loaded = call(nodes["LoadInversion"], file=file, model=small, latent=latents())
@@ -65,10 +65,10 @@ def test_load_inversion_gives_what_was_saved_and_edits_alike(small, nodes, saved
             edits.append(sample(nodes, inject(nodes, small, one, **blocks), start))
         passes.append(len(calls))
     assert torch.equal(edits[1], edits[0]) and torch.equal(edits[2], edits[0])
-    assert passes == [6 if storage == "recompute" else 4] * 3  # the source runs where features are not stored
+    assert passes == [6 if storage == "recompute" else 4] * 3  # the source runs if features are not stored
 
 
-def test_each_save_is_a_new_file_and_the_newest_comes_first(small, nodes, saved, base):
+def test_save_inversion_writes_a_new_file_that_is_listed_first(small, nodes, saved, base):
     first, second = (invert(nodes, small, prompt(seed), steps=1)[1] for seed in (1, 2))
     files = [saved(first)]
     os.utime(base / "output" / files[0].removesuffix(" [output]"), (1, 1))
@@ -82,7 +82,7 @@ def test_each_save_is_a_new_file_and_the_newest_comes_first(small, nodes, saved,
     (base / "input" / "a.inversion.safetensors").unlink()
 
 
-def test_the_prompt_runs_again_when_the_file_changes(small, nodes, saved, base):
+def test_load_inversion_fingerprint_changes_with_the_file(small, nodes, saved, base):
     node, file = nodes["LoadInversion"], saved(invert(nodes, small, steps=1)[1])
     state = node.fingerprint_inputs(file=file, model=None)
     assert node.validate_inputs(file=file) is True and node.fingerprint_inputs(file=file) == state
@@ -94,7 +94,7 @@ def test_the_prompt_runs_again_when_the_file_changes(small, nodes, saved, base):
     assert node.fingerprint_inputs(file=file) != state
 
 
-def test_load_inversion_refuses_files_that_are_no_inversion(small, nodes, saved, base):
+def test_load_inversion_refuses_damaged_and_other_files(small, nodes, saved, base):
     file = saved(invert(nodes, small, steps=1)[1])
     path = base / "output" / file.removesuffix(" [output]")
     whole = path.read_bytes()
@@ -108,7 +108,7 @@ def test_load_inversion_refuses_files_that_are_no_inversion(small, nodes, saved,
             call(nodes["LoadInversion"], file=file, model=small)
 
 
-def test_where_it_cannot_be_saved(small, nodes, base, monkeypatch):
+def test_save_inversion_refuses_paths_outside_and_a_full_disk(small, nodes, base, monkeypatch):
     _, inversion = invert(nodes, small, steps=1)
     with refused("Save Inversion", "'../there'", "inside ComfyUI's output folder"):
         call(nodes["SaveInversion"], inversion=inversion, filename_prefix="../there")
@@ -118,7 +118,7 @@ def test_where_it_cannot_be_saved(small, nodes, base, monkeypatch):
     assert not list((base / "output").rglob("*.inversion.safetensors"))
 
 
-def test_load_inversion_refuses_what_does_not_fit_with_the_reason(comfy, load, small, nodes, saved):
+def test_load_inversion_refuses_another_checkpoint_or_clip(comfy, load, small, nodes, saved):
     from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 
     _, inversion = invert(nodes, small, steps=4)
@@ -138,10 +138,10 @@ def test_load_inversion_refuses_what_does_not_fit_with_the_reason(comfy, load, s
     changed["samples"][[0, 2]] = latents(seed=1)["samples"][[0, 2]]
     with refused("Load Inversion", "another clip", "frames [0, 2] differ"):
         loading(latent=changed)
-    # Not every machine's autoencoder gives the same.
+    # Autoencoders round differently on other machines.
     rounded = {"samples": latents()["samples"].to(torch.bfloat16).float()}
     (loaded_noise, loaded) = loading(latent=rounded)
-    # Another schedule than sampling has.
+    # Other schedules than in sampling.
     rescaled = run_stock(ModelSamplingDiscrete, small, "eps", True)[0]
     with refused("DDIM Sampler", "inversion ended at sigma"), watched(small) as calls:
         sample(nodes, inject(nodes, rescaled, loaded, **ALL), loaded_noise)
@@ -152,7 +152,7 @@ def test_load_inversion_refuses_what_does_not_fit_with_the_reason(comfy, load, s
     assert not calls
 
 
-def test_a_lora_and_a_half_precision_leave_it_the_same_checkpoint(small, nodes, saved):
+def test_load_inversion_accepts_a_lora_and_half_precision(small, nodes, saved):
     file = saved(invert(nodes, small, steps=1)[1])
     weights = small.model.diffusion_model.named_parameters()
     styled = small.clone()
@@ -162,15 +162,15 @@ def test_a_lora_and_a_half_precision_leave_it_the_same_checkpoint(small, nodes, 
     for model in (styled, half):
         noise, inversion = call(nodes["LoadInversion"], file=file, model=model)
         assert sample(nodes, inject(nodes, model, inversion, **ALL), noise).isfinite().all()
-        # ... and while it is loaded with them, too
+        # Also while the weights are loaded with them.
         call(nodes["LoadInversion"], file=file, model=small)
 
 
-def test_a_kill_while_saving_leaves_the_old_file(small, nodes, saved, base):
+def test_save_inversion_keeps_the_old_file_if_killed(small, nodes, saved, base):
     _, inversion = invert(nodes, small, steps=1)
     file = saved(inversion)
     path = base / "output" / file.removesuffix(" [output]")
-    # The second half of the file never comes: a kill can come at no worse time.
+    # The second half of the file is never written, the worst time for a kill.
     program = (
         "import sys, time, torch; sys.path.insert(0, sys.argv[1]); from cove import files, inversion; "
         "files.save_file = lambda tensors, path, metadata: (path.write_bytes(b'half'), time.sleep(60)); "
@@ -189,7 +189,7 @@ def test_a_kill_while_saving_leaves_the_old_file(small, nodes, saved, base):
 # --- correspondences ---
 
 
-def test_a_correspondence_is_loaded_as_it_was_saved(small, nodes, base, lines):
+def test_load_correspondence_returns_the_saved_correspondence(small, nodes, base, lines):
     features, _ = call(nodes["DiffusionFeatures"], model=small, latent=latents())
     (found,) = call(nodes["Correspondence"], features=features, window=3)
     call(nodes["SaveCorrespondence"], correspondence=found, filename_prefix="cove/test")

@@ -1,4 +1,4 @@
-"""Inversions that are interrupted and resumed give the same bits."""
+"""Inversions that are interrupted and resumed are bit-identical."""
 
 import importlib
 import shutil
@@ -15,14 +15,14 @@ from tests.inversion_helpers import guide, invert, same, store, tiny, watched
 
 @pytest.fixture
 def unfinished(base):
-    """() -> numbers of the steps that are kept of each interrupted inversion."""
+    """() -> step numbers kept for each unfinished inversion."""
     folder = base / "user" / "cove" / "unfinished"
     return lambda: sorted([int(step.stem) for step in sorted(one.iterdir())] for one in folder.glob("*/"))
 
 
 @pytest.fixture
 def break_off(comfy, monkeypatch):
-    """function, step -> runs the function, and interrupts it after that step."""
+    """function, step -> runs the function and interrupts it after this step."""
     import comfy.model_management as management
     import comfy.utils
 
@@ -41,7 +41,7 @@ def break_off(comfy, monkeypatch):
 
 @pytest.mark.parametrize(("steps", "multiple"), [(5, 1), (3, 2)])  # 5 steps of inversion
 @pytest.mark.parametrize("step", [1, 3, 5])
-def test_ddim_inversion_resumed_after_an_interrupt_gives_the_same_bits(
+def test_ddim_inversion_resumed_after_an_interrupt_is_bit_identical(
     small, nodes, break_off, unfinished, lines, steps, multiple, step
 ):
     settings = {"steps": steps, "multiple": multiple, "refinements": 1}
@@ -85,7 +85,7 @@ def test_ddim_inversion_does_not_resume_steps_of_another_format(
 
 
 @pytest.mark.parametrize("storage", ["memory", "disk"])
-def test_store_features_after_an_interrupt_gives_the_same_bits(small, nodes, break_off, unfinished, base, storage):
+def test_store_features_after_an_interrupt_is_bit_identical(small, nodes, break_off, unfinished, base, storage):
     model = guide(nodes, small)
     _, inversion = invert(nodes, model, steps=5)
     whole = store(nodes, model, inversion, storage=storage)
@@ -103,7 +103,7 @@ def test_store_features_after_an_interrupt_gives_the_same_bits(small, nodes, bre
 @pytest.mark.parametrize(
     "what", ["frame", "prompt", "refinements", "steps", "multiple", "guidance", "precision", "weights"]
 )
-def test_ddim_inversion_does_not_resume_another_one(small, nodes, break_off, lines, what):
+def test_ddim_inversion_does_not_resume_another_inversion(small, nodes, break_off, lines, what):
     model = guide(nodes, small)
     broken = {"model": model, "conditioning": prompt(1), "latent": latents(), "steps": 4, "refinements": 1}
     other = dict(broken)
@@ -129,7 +129,7 @@ def test_ddim_inversion_does_not_resume_another_one(small, nodes, break_off, lin
     break_off(lambda: invert(nodes, **broken), 2)
     assert same(invert(nodes, **other)[1], expected)
     assert not any("resuming" in line for line in lines())
-    # The interrupted one is still kept.
+    # The steps of the interrupted inversion are still kept.
     invert(nodes, **broken)
     assert any("resuming after step 2 of 4" in line for line in lines())
 
@@ -153,7 +153,7 @@ def test_ddim_inversion_keeps_the_steps_before_an_error(small, nodes, unfinished
 
 
 def test_ddim_inversion_resumes_after_a_step_where_refining_stopped(small, nodes, break_off):
-    """The latents of such a step are the guess itself."""
+    """The latents of such a step are the first guess."""
     settings = {"steps": 3, "refinements": 10}
     whole = invert(nodes, tiny("sd15"), **settings)[1]
     assert whole.stopped.any() and whole.diverged
@@ -162,7 +162,7 @@ def test_ddim_inversion_resumes_after_a_step_where_refining_stopped(small, nodes
     assert same(invert(nodes, tiny("sd15"), **settings)[1], whole)
 
 
-def test_ddim_inversion_completes_where_its_steps_cannot_be_kept(small, nodes, base, caplog):
+def test_ddim_inversion_completes_without_space_for_unfinished_steps(small, nodes, base, caplog):
     whole = invert(nodes, small, steps=2)[1]
     shutil.rmtree(base / "user" / "cove")
     (base / "user" / "cove").write_text("in the way")
@@ -174,12 +174,12 @@ def test_ddim_inversion_completes_where_its_steps_cannot_be_kept(small, nodes, b
 
 
 def limit(nodes, monkeypatch, size):
-    """Set the bytes that all unfinished inversions may take."""
+    """Set the size limit of all unfinished inversions, in bytes."""
     module = importlib.import_module(f"{nodes['DDIMInversion'].__module__.partition('.')[0]}.nodes.host.unfinished")
     monkeypatch.setattr(module.UnfinishedInversion, "LIMIT", size)
 
 
-def test_ddim_inversion_reports_the_size_of_unfinished_ones_and_removes_the_oldest(
+def test_ddim_inversion_reports_unfinished_sizes_and_removes_the_oldest(
     small, nodes, break_off, unfinished, base, lines, monkeypatch
 ):
     clip = latents(29, 11, 13)
@@ -197,7 +197,7 @@ def test_ddim_inversion_reports_the_size_of_unfinished_ones_and_removes_the_olde
         assert unfinished() == [[0, 1, 2]] * (others + 1) and used() <= 9 * one // 5
         size = one + used() * others / (others + 1)
         assert lines()[-1] == f"unfinished inversions use up to {mib(size)} of {mib(9 * one / 5)} in user/cove"
-    # The first was removed, the second resumes, and the node reports what is left at its end.
+    # The first was removed, the second resumes, and the node finally reports the remaining size.
     invert(nodes, small, prompt(2), clip, steps=5)
     assert [line for line in lines() if line.startswith("resuming after step 3 of 5, ") and line.endswith("user/cove")]
     left = f"unfinished inversions use {mib(used())} of {mib(9 * one / 5)} in user/cove"
@@ -212,7 +212,7 @@ def test_ddim_inversion_over_the_limit_keeps_no_steps(small, nodes, break_off, u
     one = 5 * (4 * latents()["samples"].numel() + 1024)
     limit(nodes, monkeypatch, one - 1)
     break_off(lambda: invert(nodes, small, steps=5), 3)
-    assert unfinished() == [[0]]  # the other one stays
+    assert unfinished() == [[0]]  # the other inversion is kept
     (line,) = [line for line in lines() if line.startswith("steps are not kept for resuming: ")]
     assert f"{one / 2**20:.1f} MiB and " in line and line.endswith(f"exceed {one / 2**20:.1f} MiB in user/cove")
     with watched(small) as calls:
@@ -243,7 +243,7 @@ def test_ddim_inversion_resumes_after_the_server_was_killed(host, base, models, 
     }
 
     def asked(server, wires) -> dict:
-        """The prompt with the defaults of its nodes."""
+        """Return the prompt with the defaults of its nodes."""
         nodes = server.object_info()
         defaults = {
             node: {

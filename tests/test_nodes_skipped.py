@@ -1,4 +1,4 @@
-"""Nodes that skip evaluations of the UNet, or some of its blocks, are noticed by whatever counts on them."""
+"""Nodes that skip evaluations of the UNet or some of its blocks are detected by the nodes that need them."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ STEPS = 7
 
 
 def cached(model, kind):
-    """MODEL out of one of core's step caches, on from the first step."""
+    """Return MODEL with one of core's step caches, active from the first step."""
     from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 
     node = {"EasyCache": EasyCacheNode, "LazyCache": LazyCacheNode}[kind]
@@ -20,7 +20,7 @@ def cached(model, kind):
 
 
 def skipping(model, level, skips):
-    """MODEL with somebody else's step cache: the n-th call, from 0, is answered without the UNet if skips(n, args)."""
+    """Return MODEL with another pack's step cache: call n, from 0, skips the UNet if skips(n, args)."""
     model, calls = model.clone(), []
 
     def answer(x):
@@ -44,13 +44,13 @@ def skipping(model, level, skips):
     return model
 
 
-# --- core's, before the run ---
+# --- core's caches, before the run ---
 
 
 @pytest.mark.parametrize("cache", ["EasyCache", "LazyCache"])
 @pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("node", NODES)
-def test_core_caches_are_refused_before_sampling(small, nodes, cache, order, node):
+def test_feature_injection_and_token_flow_refuse_core_caches_before_sampling(small, nodes, cache, order, node):
     noise, inversion = invert(nodes, small, steps=STEPS)
     patched = NODES[node](nodes, cached(small, cache) if order == "before" else small, inversion)
     patched = cached(patched, cache) if order == "after" else patched
@@ -60,7 +60,7 @@ def test_core_caches_are_refused_before_sampling(small, nodes, cache, order, nod
 
 
 @pytest.mark.parametrize("cache", ["EasyCache", "LazyCache"])
-def test_nodes_before_sampling_refuse_core_caches(small, nodes, cache):
+def test_ddim_inversion_store_features_and_features_refuse_core_caches(small, nodes, cache):
     _, inversion = invert(nodes, small)
     with refused("DDIM Inversion", cache, f"Remove {cache}"), watched(small) as calls:
         invert(nodes, cached(small, cache))
@@ -74,13 +74,13 @@ def test_nodes_before_sampling_refuse_core_caches(small, nodes, cache):
 
 
 @pytest.mark.parametrize("cache", ["EasyCache", "LazyCache"])
-def test_core_caches_stay_possible_in_sampling_alone(small, nodes, cache):
+def test_ddim_sampler_accepts_core_caches(small, nodes, cache):
     noise, _ = invert(nodes, small, steps=STEPS)
-    # At cfg 1: EasyCache of ComfyUI 0.3.60 fails on two prompts in one batch, on any model.
+    # At cfg 1, because EasyCache of ComfyUI 0.3.60 fails on two prompts in one batch, with any model.
     assert sample(nodes, cached(guide(nodes, small), cache), noise, cfg=1.0).isfinite().all()
 
 
-# --- others, when it happens ---
+# --- other caches, when they skip ---
 
 LEVELS = ["function", "apply_model", "diffusion_model", "calc_cond_batch", "predict_noise"]
 WHO = "another node on this model skips evaluations"
@@ -89,10 +89,10 @@ WHO = "another node on this model skips evaluations"
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("node", NODES)
-def test_a_skipped_evaluation_is_noticed_in_sampling(small, nodes, level, order, node):
+def test_feature_injection_and_token_flow_refuse_a_skipped_evaluation(small, nodes, level, order, node):
     noise, inversion = invert(nodes, small, steps=3)
     settings = ALL if node == "FeatureInjection" else {}
-    # Elsewhere the source is run before the edit: its second call, and the edit's, respectively.
+    # At the other levels the source runs before the edit; this is the second call of the source or of the edit.
     skipped = {"predict_noise": 2, "calc_cond_batch": 1, "apply_model": 2}.get(level, 3)
 
     def one(model):
@@ -104,7 +104,7 @@ def test_a_skipped_evaluation_is_noticed_in_sampling(small, nodes, level, order,
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
-def test_steps_without_injection_may_be_skipped(small, nodes, order):
+def test_feature_injection_accepts_skipped_steps_without_injection(small, nodes, order):
     noise, inversion = invert(nodes, small, steps=3)
 
     def last(model):
@@ -116,8 +116,8 @@ def test_steps_without_injection_may_be_skipped(small, nodes, order):
 
 
 @pytest.mark.parametrize("node", NODES)
-def test_one_skipped_conditioning_is_noticed(comfy, small, nodes, node, monkeypatch):
-    """Where memory is short the host runs conditionings one by one, and a cache can skip the negative prompt alone."""
+def test_feature_injection_and_token_flow_refuse_a_skipped_conditioning(comfy, small, nodes, node, monkeypatch):
+    """With little memory the host runs conditionings one by one, and a cache can skip only the negative prompt."""
     monkeypatch.setattr(type(small.model), "memory_required", lambda *args, **more: 1e30)
     noise, inversion = invert(nodes, small, steps=3)
 
@@ -129,8 +129,8 @@ def test_one_skipped_conditioning_is_noticed(comfy, small, nodes, node, monkeypa
         sample(nodes, no_negative(NODES[node](nodes, small, inversion, **settings)), noise)
 
 
-def test_one_skipped_block_is_noticed(small, nodes):
-    """As DeepCache skips the inner blocks."""
+def test_feature_injection_and_token_flow_refuse_a_skipped_block(small, nodes):
+    """DeepCache skips inner blocks like this."""
     noise, inversion = invert(nodes, small, steps=3)
     inner = small.model.diffusion_model.output_blocks[1][1]
     inner.forward = lambda hidden, *args, **more: hidden
@@ -146,7 +146,7 @@ def test_one_skipped_block_is_noticed(small, nodes):
 
 
 def third_skipped(nodes, model, level, order):
-    """MODEL with Correspondence Attention and a step cache that skips the third call, in one order or the other."""
+    """Return MODEL with Correspondence Attention and a step cache that skips the third call, in either order."""
 
     def third(model):
         return skipping(model, level, lambda n, args: n == 2)
@@ -158,7 +158,7 @@ def third_skipped(nodes, model, level, order):
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("order", ["before", "after"])
-def test_ddim_inversion_notices_a_skipped_evaluation(small, nodes, level, order):
+def test_ddim_inversion_refuses_a_skipped_evaluation(small, nodes, level, order):
     model = third_skipped(nodes, small, level, order)
     with refused("DDIM Inversion", WHO):
         invert(nodes, model, steps=2, refinements=1)
@@ -166,7 +166,7 @@ def test_ddim_inversion_notices_a_skipped_evaluation(small, nodes, level, order)
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("order", ["before", "after"])
-def test_store_features_notices_a_skipped_evaluation(small, nodes, level, order):
+def test_store_features_refuses_a_skipped_evaluation(small, nodes, level, order):
     _, inversion = invert(nodes, small)
     model = third_skipped(nodes, small, level, order)
     with refused("Store Features", WHO, f"at sigma {float(inversion.sigmas[1]):.4g}"):
@@ -174,8 +174,8 @@ def test_store_features_notices_a_skipped_evaluation(small, nodes, level, order)
 
 
 @pytest.mark.parametrize("level", LEVELS[:4])
-def test_a_skipped_evaluation_is_noticed_in_features(small, nodes, level):
-    """Wrappers of other packs around a whole evaluation are left out: nothing is skipped there."""
+def test_diffusion_features_refuse_a_skipped_evaluation(small, nodes, level):
+    """Wrappers around a whole evaluation do not run for features, so a cache in them skips nothing."""
     if level == "calc_cond_batch":
         skipped = call(nodes["DiffusionFeatures"], model=skipping(small, level, lambda n, args: True), latent=latents())
         assert torch.equal(skipped[0].tokens, call(nodes["DiffusionFeatures"], model=small, latent=latents())[0].tokens)
@@ -184,7 +184,7 @@ def test_a_skipped_evaluation_is_noticed_in_features(small, nodes, level):
         guide(nodes, skipping(small, level, lambda n, args: True))
 
 
-def test_a_prompt_that_ends_before_the_run_does_is_not_missed(small, nodes):
+def test_feature_injection_and_token_flow_accept_a_prompt_that_ends_early(small, nodes):
     noise, inversion = invert(nodes, small, steps=5)
     positive = [*prompt(2, end_percent=0.4), *prompt(4, start_percent=0.4)]
     for node in NODES:

@@ -1,4 +1,4 @@
-"""Errors and warnings where sampling starts from latents that were never inverted, or attends otherwise."""
+"""Errors and warnings about latents that were never inverted, and about other attention than in the inversion."""
 
 import logging
 
@@ -15,7 +15,7 @@ STEPS = 5
 
 @pytest.fixture
 def warnings(caplog, nodes):
-    """() -> what nodes warned of since it was last asked, with the node's name."""
+    """() -> the nodes' warnings since the last call, with the node's name."""
     names = {node.define_schema().display_name.removeprefix("COVE ") for node in nodes.values()}
 
     def found() -> list[str]:
@@ -28,7 +28,7 @@ def warnings(caplog, nodes):
 
 
 def advanced(model, sampler, sigmas, latent):
-    """Edited latents, through the stock SamplerCustomAdvanced."""
+    """Sample edited latents with the stock SamplerCustomAdvanced."""
     from comfy_extras import nodes_custom_sampler as custom
 
     (guider,) = run_stock(custom.CFGGuider, model, prompt(2), prompt(3), 2.0)
@@ -37,7 +37,7 @@ def advanced(model, sampler, sigmas, latent):
 
 
 def edits(nodes, model, inversion):
-    """Node -> MODEL out of it, for the nodes that run the source."""
+    """Return MODEL patched by each node that runs the source, by node name."""
     return {
         "Feature Injection": inject(nodes, model, inversion, **ALL),
         "TokenFlow": flow(nodes, model, inversion),
@@ -55,8 +55,8 @@ def test_samplers_refuse_latents_that_were_never_inverted(small, nodes, latent):
 
 
 @pytest.mark.parametrize("latent", [latents(), {"samples": zeros_like(latents()["samples"])}], ids=["clip", "empty"])
-def test_sampler_and_sigmas_warn_of_clean_latents(small, nodes, warnings, latent):
-    """In the stock sampler, where the latents come in by a wire of their own."""
+def test_ddim_sampler_select_warns_about_clean_latents(small, nodes, warnings, latent):
+    """In the stock sampler the latents have their own input."""
     noise, inversion = invert(nodes, small, steps=STEPS)
     sampler, sigmas = call(nodes["DDIMSamplerSelect"], model=small, noise=noise)
     advanced(small, sampler, sigmas, latent)
@@ -69,8 +69,8 @@ def test_sampler_and_sigmas_warn_of_clean_latents(small, nodes, warnings, latent
 
 @pytest.mark.parametrize("keys", ["kept", "dropped"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 31])
-def test_inverted_noise_is_not_warned_of(small, nodes, warnings, keys, steps):
-    """Nodes between may drop what a LATENT carries beside its samples; the stock sampler does not need it."""
+def test_ddim_sampler_does_not_warn_about_inverted_noise(small, nodes, warnings, keys, steps):
+    """Nodes in between may drop other keys of a LATENT than its samples; the stock sampler does not need them."""
     noise, inversion = invert(nodes, small, steps=steps)
     sample(nodes, small, noise)
     sampler, sigmas = call(nodes["DDIMSamplerSelect"], model=small, noise=noise)
@@ -80,13 +80,13 @@ def test_inverted_noise_is_not_warned_of(small, nodes, warnings, keys, steps):
     assert warnings() == []
 
 
-def test_a_node_that_keeps_the_keys_of_noise_and_puts_clean_samples_is_warned_of(small, nodes, warnings):
+def test_ddim_sampler_warns_about_clean_samples_with_the_keys_of_noise(small, nodes, warnings):
     noise, _ = invert(nodes, small, steps=STEPS)
     sample(nodes, small, noise | latents())
     assert [CLEAN in line for line in warnings()] == [True]
 
 
-def test_noise_of_another_inversion_is_warned_of(small, nodes, warnings):
+def test_feature_injection_and_token_flow_warn_about_noise_of_another_inversion(small, nodes, warnings):
     _, inversion = invert(nodes, small, steps=STEPS)
     other, _ = invert(nodes, small, latent=latents(seed=1), steps=STEPS)
     for name, model in edits(nodes, small, inversion).items():
@@ -95,7 +95,7 @@ def test_noise_of_another_inversion_is_warned_of(small, nodes, warnings):
         assert line.startswith(f"{name}: ") and OTHER in line
 
 
-def test_the_second_half_of_a_run_is_not_warned_of(small, nodes, warnings):
+def test_ddim_sampler_select_does_not_warn_about_the_second_half_of_a_run(small, nodes, warnings):
     noise, inversion = invert(nodes, small, steps=STEPS)
     sampler, sigmas = call(nodes["DDIMSamplerSelect"], model=small, noise=noise)
     for model in edits(nodes, small, inversion).values():
@@ -107,7 +107,7 @@ def test_the_second_half_of_a_run_is_not_warned_of(small, nodes, warnings):
 # --- Correspondence Attention ---
 
 
-def test_another_guidance_in_sampling_is_named(small, nodes, warnings, tmp_path):
+def test_samplers_and_injection_warn_about_other_guidance_than_in_inversion(small, nodes, warnings, tmp_path):
     guided, plain = guide(nodes, small), "without Correspondence Attention"
     joint = call(nodes["CorrespondenceAttention"], model=small, start_percent=0.25, include_self=True)[0]
     weaker = guide(nodes, small, merge_ratio=0.25, spatial_temporal="own frame")
@@ -137,7 +137,7 @@ def test_another_guidance_in_sampling_is_named(small, nodes, warnings, tmp_path)
         assert "guidance" in inversion.about
 
 
-def test_store_features_warns_of_another_guidance(small, nodes, warnings):
+def test_store_features_warns_about_other_guidance(small, nodes, warnings):
     guided = guide(nodes, small)
     _, inversion = invert(nodes, guided, steps=STEPS)
     store(nodes, guided, inversion)
@@ -148,13 +148,13 @@ def test_store_features_warns_of_another_guidance(small, nodes, warnings):
     assert "stored without Correspondence Attention" in line and "Connect the model of DDIM Inversion" in line
 
 
-def test_the_same_guidance_is_not_warned_of(small, nodes, warnings):
+def test_feature_injection_does_not_warn_about_equal_guidance(small, nodes, warnings):
     noise, inversion = invert(nodes, guide(nodes, small), steps=STEPS)
     model = inject(nodes, guide(nodes, small), inversion, **ALL)
     assert sample(nodes, model, noise).isfinite().all() and warnings() == []
 
 
-def test_tokenflow_after_correspondence_attention_is_named(small, nodes, warnings):
+def test_token_flow_warns_about_an_inversion_with_correspondence_attention(small, nodes, warnings):
     noise, inversion = invert(nodes, guide(nodes, small), steps=STEPS)
     del noise["cove_guidance"]
     sample(nodes, flow(nodes, small, inversion), noise)
@@ -162,7 +162,7 @@ def test_tokenflow_after_correspondence_attention_is_named(small, nodes, warning
     assert line.startswith("TokenFlow: ") and "sampled without Correspondence Attention" in line
 
 
-def test_a_saved_inversion_remembers_its_guidance(small, nodes, warnings, base):
+def test_load_inversion_restores_the_guidance(small, nodes, warnings, base):
     _, inversion = invert(nodes, guide(nodes, small), steps=STEPS)
     call(nodes["SaveInversion"], inversion=inversion, filename_prefix="start/clip")
     (file,) = (base / "output" / "start").glob("*.inversion.safetensors")
@@ -171,13 +171,13 @@ def test_a_saved_inversion_remembers_its_guidance(small, nodes, warnings, base):
     sample(nodes, small, noise)
     assert ["without Correspondence Attention" in line for line in warnings()] == [True]
     assert loaded.about == inversion.about
-    # One that was saved before inversions remembered it says nothing.
+    # A file saved before inversions recorded guidance causes no warning.
     old = {name: value for name, value in noise.items() if name != "cove_guidance"}
     sample(nodes, small, old)
     assert warnings() == []
 
 
-def test_edited_latents_carry_nothing_of_the_noise(small, nodes):
+def test_ddim_sampler_output_has_no_keys_of_the_noise(small, nodes):
     noise, _ = invert(nodes, guide(nodes, small), steps=1)
     wires = {"model": small, "noise": noise, "positive": prompt(2), "negative": prompt(3)}
     assert set(call(nodes["DDIMSampler"], **wires, cfg=1.0)[0]) == {"samples"}

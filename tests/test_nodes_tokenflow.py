@@ -1,4 +1,4 @@
-"""TokenFlow in a real UNet: what each block computes, whatever the way the host calls it."""
+"""TokenFlow in a real UNet: each block against the reference, for every way the host calls it."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -28,12 +28,12 @@ from tests.inversion_helpers import (
 )
 from tests.random_models import FAMILIES
 
-LONG = 7  # frames, where there are to be some between two keyframes
+LONG = 7  # frames; enough for some between two keyframes
 
 
 @pytest.fixture
 def recorded(host_module, monkeypatch):
-    """Every call of the patch from here on: what came, what it gave."""
+    """Every later call of the patch: its inputs and its result."""
     calls, patch = [], host_module.tokenflow.FlowingSelfAttention
     original = patch.__call__
 
@@ -47,12 +47,12 @@ def recorded(host_module, monkeypatch):
     return calls
 
 
-# --- what a block computes ---
+# --- attention of a block ---
 
 
 @pytest.mark.parametrize("blend", [True, False])
 @pytest.mark.parametrize("every", [2, 3, 5])
-def test_every_block_computes_what_the_reference_does(small, nodes, cove, recorded, blend, every):
+def test_token_flow_matches_reference_in_every_block(small, nodes, cove, recorded, blend, every):
     _, inversion = invert(nodes, small, latent=latents(LONG))
     answer_at(flow(nodes, small, inversion, every, blend_keyframes=blend, seed=5), inversion, 1)
     keyframes = keyframes_of(cove, inversion, 1, every, seed=5)
@@ -66,7 +66,7 @@ def test_every_block_computes_what_the_reference_does(small, nodes, cove, record
         assert_close(source[i].result, plain, rtol=1e-4, atol=1e-4)
         for half in range(2):
             qkv = [x.chunk(2)[half].clone() for x in edit[i].qkv]
-            if blend:  # they were asked before
+            if blend:  # keyframes come from the earlier pass
                 assert len(alone[i].qkv[0]) == 2 * len(keyframes)
                 for x, first in zip(qkv, alone[i].qkv, strict=True):
                     x[keyframes] = first.chunk(2)[half]
@@ -75,8 +75,8 @@ def test_every_block_computes_what_the_reference_does(small, nodes, cove, record
             assert_close(edit[i].result.chunk(2)[half], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_keyframes_among_all_frames_are_what_they_are_alone(small, nodes, cove):
-    """All else in the UNet goes frame by frame, so that one pass is enough where keyframes stay as they are."""
+def test_token_flow_keyframes_are_edited_as_if_alone(small, nodes, cove):
+    """The rest of the UNet treats frames separately, so without blending of keyframes one pass is enough."""
     _, inversion = invert(nodes, small, latent=latents(LONG))
     flowing = answer_at(flow(nodes, small, inversion, 3, blend_keyframes=False), inversion, 1)
     keyframes = keyframes_of(cove, inversion, 1, 3)
@@ -89,8 +89,8 @@ def test_keyframes_among_all_frames_are_what_they_are_alone(small, nodes, cove):
 
 
 @pytest.mark.parametrize("kind", ["masks", "prompts"])
-def test_keyframes_to_be_blended_run_alone_before(small, nodes, kind):
-    """With the masks and rows of the prompt that are theirs."""
+def test_token_flow_runs_blended_keyframes_in_a_pass_of_their_own(small, nodes, kind):
+    """They get their own masks and prompt rows."""
     _, inversion = invert(nodes, small, latent=latents(LONG))
     model = flow(nodes, small, inversion, 3)
     (text, extras), *_ = prompt(2)
@@ -103,8 +103,8 @@ def test_keyframes_to_be_blended_run_alone_before(small, nodes, kind):
     assert_close(with_each, alone, rtol=1e-4, atol=1e-4)
 
 
-def test_fields_are_those_of_the_plain_source(small, nodes, recorded):
-    """Neither injection nor keyframes touch the pass that they are found in."""
+def test_token_flow_finds_fields_in_the_unmodified_source(small, nodes, recorded):
+    """Neither injection nor keyframes affect the pass of the source."""
     _, inversion = invert(nodes, small)
     answer_at(flow(nodes, small, inversion), inversion, 1)
     plain = recorded[:7]
@@ -122,7 +122,7 @@ def test_fields_are_those_of_the_plain_source(small, nodes, recorded):
 # --- keyframes ---
 
 
-def test_keyframes_are_drawn_anew_at_each_step_from_the_seed(small, nodes, cove):
+def test_token_flow_redraws_keyframes_at_each_step_from_the_seed(small, nodes, cove):
     noise, inversion = invert(nodes, small, latent=latents(LONG), steps=5)
 
     def drawn(seed):
@@ -141,13 +141,13 @@ def test_keyframes_are_drawn_anew_at_each_step_from_the_seed(small, nodes, cove)
 
 
 @pytest.mark.parametrize("blend", [True, False])
-def test_one_frame_is_plain(small, nodes, blend):
+def test_token_flow_of_one_frame_is_the_plain_model(small, nodes, blend):
     _, inversion = invert(nodes, small, latent=latents(1))
     model = flow(nodes, small, inversion, blend_keyframes=blend)
     assert torch.equal(answer_at(model, inversion, 1), answer_at(small, inversion, 1))
 
 
-def test_every_frame_a_keyframe_is_attention_among_all(small, nodes):
+def test_token_flow_with_every_frame_a_keyframe_is_joint_attention(small, nodes):
     _, inversion = invert(nodes, small)
     model = flow(nodes, small, inversion, 1, blend_keyframes=False)
     together = answer_at(joint(nodes, small), inversion, 1)
@@ -156,7 +156,7 @@ def test_every_frame_a_keyframe_is_attention_among_all(small, nodes):
 
 
 @pytest.mark.parametrize("blend", [True, False])
-def test_a_still_clip_stays_still_and_is_edited_as_one_frame(small, nodes, blend):
+def test_token_flow_edits_a_still_clip_like_one_frame(small, nodes, blend):
     still = {"samples": latents(1)["samples"].expand(LONG, -1, -1, -1)}
     noise, inversion = invert(nodes, small, latent=still)
     edit = sample(nodes, flow(nodes, small, inversion, 3, blend_keyframes=blend), noise)
@@ -165,22 +165,22 @@ def test_a_still_clip_stays_still_and_is_edited_as_one_frame(small, nodes, blend
     assert_close(edit[:1], one, rtol=1e-3, atol=1e-3)
 
 
-def test_an_interval_longer_than_the_clip_has_one_keyframe(small, nodes, cove, recorded):
+def test_token_flow_with_an_interval_beyond_the_clip_has_one_keyframe(small, nodes, cove, recorded):
     _, inversion = invert(nodes, small, latent=latents(LONG))
     answer_at(flow(nodes, small, inversion, 1000), inversion, 1)
     (keyframe,) = keyframes_of(cove, inversion, 1, 1000)
     for seen in recorded[-7:]:
         for half in seen.result.chunk(2):
-            # whatever a frame has, it has from there
+            # every token of every frame comes from the keyframe
             distance = torch.cdist(half.flatten(0, 1), half[keyframe], compute_mode="donot_use_mm_for_euclid_dist")
             assert distance.amin(dim=1).max() == 0
 
 
-# --- together, apart, reversed; more than two conditionings ---
+# --- batches of conditionings, areas ---
 
 
 @pytest.mark.parametrize("blend", [True, False])
-def test_halves_together_apart_and_reversed_give_the_same(comfy, small, nodes, monkeypatch, blend):
+def test_token_flow_is_independent_of_the_order_of_conditionings(comfy, small, nodes, monkeypatch, blend):
     import comfy.samplers
 
     _, inversion = invert(nodes, small, latent=latents(LONG))
@@ -201,13 +201,13 @@ def test_halves_together_apart_and_reversed_give_the_same(comfy, small, nodes, m
     set_free_memory(monkeypatch, 0)
     assert_close(answer(model, [[1], [0]]), together, rtol=1e-3, atol=2e-3)
     monkeypatch.undo()
-    # cfg 1 leaves out the negative half; the same prompt twice makes the guidance vanish
+    # cfg 1 skips the negative half; the same prompt twice cancels guidance
     alone = answer(model, [[0]], cfg=1.0)
     assert_close(answer_at(model, inversion, 1, prompt(2), prompt(2), 5.0), alone, rtol=1e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("blend", [True, False])
-def test_an_area_gets_its_part_of_the_fields(small, nodes, cove, recorded, blend):
+def test_token_flow_crops_the_fields_to_an_area(small, nodes, cove, recorded, blend):
     _, inversion = invert(nodes, small, latent=latents(LONG))
     model = flow(nodes, small, inversion, 3, blend_keyframes=blend)
     whole = answer_at(model, inversion, 1)
@@ -240,7 +240,7 @@ def test_an_area_gets_its_part_of_the_fields(small, nodes, cove, recorded, blend
 
 @pytest.mark.parametrize("blend", [True, False])
 @pytest.mark.parametrize("order", ["core before", "core after", "evolved before", "evolved after"])
-def test_a_context_window_is_a_clip_of_its_own(small, nodes, order, blend):
+def test_token_flow_treats_a_context_window_as_a_clip(small, nodes, order, blend):
     _, inversion = invert(nodes, small, latent=latents(5), steps=4)
     model = windows_of(small, order, lambda model: flow(nodes, model, inversion, 2, blend_keyframes=blend))
     total, count = torch.zeros_like(inversion.clip), torch.zeros(5, 1, 1, 1)
@@ -256,7 +256,7 @@ def test_a_context_window_is_a_clip_of_its_own(small, nodes, order, blend):
 
 
 @pytest.mark.parametrize("kind", sorted(FAMILIES))
-def test_every_family_is_edited(load, nodes, kind):
+def test_token_flow_edits_every_family(load, nodes, kind):
     with torch.inference_mode():
         model, state = load(kind), state_of(load(kind))
         source, edit, negative = (prompt(seed, kind) for seed in (1, 2, 3))
@@ -267,8 +267,8 @@ def test_every_family_is_edited(load, nodes, kind):
         assert state_of(model) == state
 
 
-def test_every_transformer_of_a_block_has_fields_of_its_own(nodes, recorded):
-    """SDXL has several in a block."""
+def test_token_flow_keeps_fields_of_every_transformer_of_a_block(nodes, recorded):
+    """SDXL has several transformers per block."""
     with torch.inference_mode():
         model = tiny("sdxl")
         _, inversion = invert(nodes, model, prompt(1, "sdxl"), latents(), steps=1)
@@ -281,8 +281,8 @@ def test_every_transformer_of_a_block_has_fields_of_its_own(nodes, recorded):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("blend", [True, False])
-def test_half_precision_is_finite_and_near(small, nodes, dtype, blend):
-    """Nearest tokens may be others where they are about as near, so it is looked at how much the frames are off."""
+def test_token_flow_in_half_precision_is_finite_and_close(small, nodes, dtype, blend):
+    """Rounding may change the nearest token among near ties, so the median error is compared."""
     half = small.clone()
     half.set_model_compute_dtype(dtype)
     _, inversion = invert(nodes, small, latent=latents(LONG))

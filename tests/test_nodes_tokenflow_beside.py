@@ -1,4 +1,4 @@
-"""A MODEL with TokenFlow among other nodes: what it works beside, what is refused, that no trace is left."""
+"""TokenFlow with other nodes on the MODEL: combinations, errors, and no trace after a run."""
 
 import pytest
 import torch
@@ -43,10 +43,10 @@ from tests.inversion_helpers import (
 )
 
 NODE = "TokenFlow"
-LONG = 7  # frames, where there are to be some between two keyframes
+LONG = 7  # frames; enough for some between two keyframes
 
 
-# --- beside other nodes ---
+# --- with other nodes ---
 
 
 @pytest.mark.parametrize("blend", [True, False])
@@ -75,11 +75,11 @@ def test_token_flow_works_before_and_after_feature_injection(small, nodes, blend
 
 @pytest.mark.parametrize("storage", ["recompute", "memory"])
 @pytest.mark.parametrize("order", ["core before", "core after", "evolved before", "evolved after"])
-def test_token_flow_works_with_feature_injection_and_context_windows_at_once(small, nodes, order, storage):
-    """A window is a clip of its own, and its keyframes get the features of their frames, too."""
+def test_token_flow_works_with_feature_injection_and_context_windows(small, nodes, order, storage):
+    """A window is a separate clip, and its keyframes get the features of their frames."""
     _, inversion = invert(nodes, small, latent=latents(5), steps=4)
     inversion = store_unless_recomputed(nodes, small, inversion, storage)
-    blocks = ALL if storage == "recompute" else {}  # those that are stored
+    blocks = ALL if storage == "recompute" else {}  # the stored ones
 
     def both(model, inversion):
         return flow(nodes, inject(nodes, model, inversion, **blocks), inversion)
@@ -94,7 +94,7 @@ def test_token_flow_works_with_feature_injection_and_context_windows_at_once(sma
     assert_close(answer_at(model, inversion, 1), total / count, rtol=1e-4, atol=1e-4)
 
 
-def test_perturbed_attention_guidance_works_beside_it(comfy, small, nodes):
+def test_token_flow_works_with_perturbed_attention_guidance(comfy, small, nodes):
     from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 
     _, inversion = invert(nodes, small)
@@ -106,8 +106,8 @@ def test_perturbed_attention_guidance_works_beside_it(comfy, small, nodes):
     assert torch.equal(answer_at(before, inversion, 1), got)
 
 
-def test_hints_for_each_frame_stay_with_their_frames(comfy, sd15, nodes, cove, control):
-    """Of a keyframe that takes part in nothing but the attention of keyframes, and of the source."""
+def test_token_flow_keeps_hints_with_their_frames(comfy, sd15, nodes, cove, control):
+    """Hints of the source, and of keyframes in their joint attention."""
     source = control(prompt(1), hints())
     _, inversion = invert(nodes, sd15, source, steps=2)
     model = flow(nodes, sd15, inversion, conditioning=source, blend_keyframes=False)
@@ -125,10 +125,10 @@ def test_hints_for_each_frame_stay_with_their_frames(comfy, sd15, nodes, cove, c
     assert [len(seen.latents) for seen in calls] == [FRAMES, len(keyframes), FRAMES]
 
 
-# --- refused ---
+# --- errors ---
 
 
-def test_self_attention_replaced_twice(small, nodes):
+def test_token_flow_refuses_attention_replaced_by_another_node(small, nodes):
     noise, inversion = invert(nodes, small)
     guided = call(nodes["CorrespondenceAttention"], model=small)[0]
     wrong = ("already replaced by", "remove the other from this model", "Correspondence Attention or TokenFlow")
@@ -145,7 +145,7 @@ def test_self_attention_replaced_twice(small, nodes):
     assert not calls
 
 
-def test_number_of_tokens_changed(comfy, small, nodes):
+def test_token_flow_refuses_a_changed_number_of_tokens(comfy, small, nodes):
     from comfy_extras.nodes_tomesd import TomePatchModel
 
     noise, inversion = invert(nodes, small)
@@ -160,7 +160,7 @@ def test_number_of_tokens_changed(comfy, small, nodes):
         sample(nodes, dropping, noise)
 
 
-def test_another_size_in_the_edit_than_in_the_source(small, nodes):
+def test_token_flow_refuses_another_size_of_edit_and_source(small, nodes):
     noise, inversion = invert(nodes, small)
 
     def shorter(apply_model, arguments):
@@ -174,7 +174,7 @@ def test_another_size_in_the_edit_than_in_the_source(small, nodes):
 
 
 @pytest.mark.parametrize("blend", [True, False])
-def test_batch_cut_by_another_node(small, nodes, blend):
+def test_token_flow_refuses_a_cut_batch(small, nodes, blend):
     noise, inversion = invert(nodes, small)
 
     def first_frame(apply_model, arguments):
@@ -186,7 +186,7 @@ def test_batch_cut_by_another_node(small, nodes, blend):
         sample(nodes, model, noise)
 
 
-def test_only_samplers_accept_a_model_with_token_flow(small, nodes):
+def test_nodes_before_sampling_refuse_a_model_with_token_flow(small, nodes):
     _, inversion = invert(nodes, small, steps=1)
     model = flow(nodes, small, inversion)
     wrong = ("without TokenFlow", "Connect the model from before that node")
@@ -226,7 +226,7 @@ def test_token_flow_refuses_other_sigmas_than_those_of_the_inversion(comfy, smal
         run_stock(custom.SamplerCustomAdvanced, nothing, guider, sampler, inversion.sigmas.flip(0), noise)
 
 
-def test_a_source_prompt_that_an_inversion_cannot_hold_is_connected_again(sd15, nodes, control):
+def test_token_flow_requires_a_source_prompt_with_a_controlnet(sd15, nodes, control):
     import comfy.model_management as management
 
     source = control(prompt(1), hints())
@@ -240,7 +240,7 @@ def test_a_source_prompt_that_an_inversion_cannot_hold_is_connected_again(sd15, 
     assert not calls
     management.unload_all_models()
     assert sample(nodes, flow(nodes, sd15, inversion, conditioning=source), noise).isfinite().all()
-    # The ControlNet was loaded like those of the edit's prompts, and keeps no hint of this size.
+    # The ControlNet was loaded like the edit's ControlNets, and keeps no hint of this size.
     net = source[0][1]["control"]
     loaded = [patcher for patcher in management.loaded_models() if patcher is not None]
     assert net.control_model in [patcher.model for patcher in loaded]
@@ -248,17 +248,17 @@ def test_a_source_prompt_that_an_inversion_cannot_hold_is_connected_again(sd15, 
 
 
 @pytest.mark.parametrize("memory", ["enough", "short"])
-def test_a_source_prompt_of_several_parts(comfy, small, nodes, monkeypatch, memory):
+def test_token_flow_refuses_a_source_prompt_of_several_parts(comfy, small, nodes, monkeypatch, memory):
 
     noise, inversion = invert(nodes, small, steps=1)
-    if memory == "short":  # they come one after another
+    if memory == "short":  # conditionings run one by one
         set_free_memory(monkeypatch, 0)
     for source in ([*prompt(1), *prompt(2)], prompt(1, area=(3, 4, 1, 3))):
         with refused(NODE, "one source prompt for the whole picture", "Use a plain source prompt"):
             sample(nodes, flow(nodes, small, inversion, conditioning=source), noise)
 
 
-def test_hints_of_other_frames_in_a_stock_sampler(sd15, nodes, control):
+def test_token_flow_refuses_hints_of_other_frames_in_a_stock_sampler(sd15, nodes, control):
     from comfy_extras import nodes_custom_sampler as custom
 
     noise, inversion = invert(nodes, sd15, steps=1)
@@ -269,13 +269,13 @@ def test_hints_of_other_frames_in_a_stock_sampler(sd15, nodes, control):
         run_stock(custom.SamplerCustomAdvanced, nothing, guider, sampler, inversion.sigmas.flip(0), noise)
 
 
-def test_a_transformer_model(comfy, small, nodes):
+def test_token_flow_refuses_a_transformer_model(comfy, small, nodes):
     model = transformer()
     with refused(NODE, "Flux", "expected a Stable Diffusion UNet", "Load such a checkpoint"):
         flow(nodes, model, invert(nodes, small, steps=1)[1])
 
 
-def test_two_injections_are_still_refused_beside_it(small, nodes):
+def test_feature_injection_refuses_a_second_one_beside_token_flow(small, nodes):
     _, inversion = invert(nodes, small, steps=1)
     both = flow(nodes, inject(nodes, small, inversion, **ALL), inversion)
     with refused("Feature Injection", "got one with it", "Connect the model from before that node"):
@@ -285,7 +285,7 @@ def test_two_injections_are_still_refused_beside_it(small, nodes):
 # --- no trace, no sharing ---
 
 
-def test_models_share_nothing_and_leave_no_trace(small, nodes):
+def test_token_flow_models_share_nothing_and_leave_no_trace(small, nodes):
     noise, one = invert(nodes, small, latent=latents(LONG))
     two = invert(nodes, small, prompt(5), latents(LONG))[1]
     plain, random = sample(nodes, small, noise), torch.random.get_rng_state()
@@ -300,7 +300,7 @@ def test_models_share_nothing_and_leave_no_trace(small, nodes):
     assert torch.equal(torch.random.get_rng_state(), random)
 
 
-def test_a_run_that_breaks_leaves_nothing(small, nodes):
+def test_token_flow_leaves_no_trace_after_an_error(small, nodes):
     noise, inversion = invert(nodes, small)
     model = flow(nodes, small, inversion)
     state, expected = state_of(model), sample(nodes, model, noise)

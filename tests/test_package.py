@@ -23,7 +23,7 @@ def run(*command, cwd):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Built from a copy: setuptools writes into the folder it builds from."""
+    """Path of a wheel, built from a copy because setuptools writes into the source folder."""
     source, built = tmp_path_factory.mktemp("source") / "pack", tmp_path_factory.mktemp("built")
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "__pycache__", "*.safetensors", "*.jpg"))
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", f"--wheel-dir={built}"]
@@ -32,13 +32,13 @@ def wheel(tmp_path_factory):
     return path
 
 
-def test_wheel_holds_the_whole_method_and_nothing_else(wheel):
+def test_wheel_contains_cove_only(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert names == {path.relative_to(ROOT).as_posix() for path in (ROOT / "cove").rglob("*.py")}
 
 
-def test_wheel_is_imported_without_the_repository(wheel, tmp_path):
+def test_wheel_imports_without_the_repository(wheel, tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(wheel)!r})\n"
         "import cove, cove.correspondence, cove.attention, cove.ddim, json\n"
@@ -48,13 +48,13 @@ def test_wheel_is_imported_without_the_repository(wheel, tmp_path):
     assert file.startswith(str(wheel)) and wheel.name.startswith(f"cove_video_editing-{version}-")
 
 
-def test_wheel_installs_beside_comfyui_without_replacing_a_package(wheel, tmp_path):
-    """The environment of the tests holds what ComfyUI requires; pip would install the wheel alone."""
+def test_wheel_installs_without_replacing_packages_of_comfyui(wheel, tmp_path):
+    """The test environment has ComfyUI's requirements; pip would install only the wheel."""
     report = run(*PIP, "install", "--dry-run", "--quiet", "--no-index", "--report=-", wheel, cwd=tmp_path)
     assert [one["metadata"]["name"] for one in json.loads(report)["install"]] == ["cove-video-editing"]
 
 
-def test_dependencies_name_every_package_that_cove_imports(wheel):
+def test_wheel_requires_every_package_that_cove_imports(wheel):
     with zipfile.ZipFile(wheel) as archive:
         (metadata,) = [archive.read(name).decode() for name in archive.namelist() if name.endswith("/METADATA")]
     required = {

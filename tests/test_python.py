@@ -1,4 +1,4 @@
-"""The public names, and the page that shows them."""
+"""Public names of `cove`, and the page that documents them."""
 
 import re
 
@@ -11,7 +11,7 @@ from tests.clip_files import quarters
 from tests.method_helpers import ROOT, fresh
 
 
-def test_public_names_exist():
+def test_cove_public_names_exist():
     for name in cove.__all__:
         assert callable(getattr(cove, name)), name
         assert name in dir(cove)
@@ -19,17 +19,17 @@ def test_public_names_exist():
         cove.refined  # noqa: B018
 
 
-def test_public_names_are_on_the_page():
+def test_cove_public_names_are_in_the_docs():
     page = (ROOT / "docs/python.md").read_text(encoding="utf-8")
     table = page[page.index("| name |") :]
     assert set(re.findall(r"`(\w+)`", table)) == set(cove.__all__) - {"Audio", "Frames"}
 
 
-def test_importing_cove_imports_no_module_of_it():
+def test_cove_import_loads_no_submodule():
     assert fresh("import json, sys, cove; print(json.dumps([n for n in sys.modules if n.startswith('cove.')]))") == []
 
 
-def test_the_example_runs_and_inverts(tmp_path, monkeypatch):
+def test_cove_example_in_the_docs_runs(tmp_path, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(encoding="utf-8"), re.S)
     monkeypatch.chdir(tmp_path)
     write_frames("clip.mp4", quarters(5), 12)

@@ -1,4 +1,4 @@
-"""Commands for users: workflows filled in, clips measured."""
+"""Commands for users: filling in workflows and measuring clips."""
 
 import argparse
 import subprocess
@@ -31,11 +31,11 @@ def texts(prompt):
 # ---- nox -s edit ----
 
 
-def test_without_wishes_workflows_stay_as_they_are():
+def test_edit_without_options_keeps_the_workflow():
     assert filled(edit.DEMO) == edit.read(edit.DEMO)
 
 
-def test_a_checkpoint_and_a_clip_are_put_into_workflow_1():
+def test_edit_puts_checkpoint_and_clip_into_workflow_1():
     wishes = {"prompt": "snow", "source_prompt": "a boat", "frames": 5, "size": (256, 160), "steps": 10}
     prompt = filled(edit.EDIT, "boat.mp4", checkpoint=Path("a/model.ckpt"), **wishes)
     assert the(prompt, "CheckpointLoaderSimple") == {"ckpt_name": "model.ckpt"}
@@ -45,13 +45,13 @@ def test_a_checkpoint_and_a_clip_are_put_into_workflow_1():
     assert the(prompt, "CoveDDIMInversion")["steps"] == 10
 
 
-def test_a_clip_of_ones_own_takes_the_place_of_the_demo_clip():
+def test_edit_replaces_the_demo_clip():
     before, prompt = edit.read(edit.DEMO), filled(edit.DEMO, "boat.mp4")
     (place,) = [key for key, node in before.items() if node["class_type"] == "CoveLoadDemoClip"]
     assert prompt[place]["class_type"] == "CoveLoadFrames"
     frames = the(prompt, "CoveLoadFrames")
     assert [frames[name] for name in ("file", "count", "width", "height")] == ["boat.mp4", 8, 128, 128]
-    assert texts(prompt)["Source prompt"] == ""  # nobody said what it shows; it is no star
+    assert texts(prompt)["Source prompt"] == ""  # the demo clip's source prompt does not apply
     assert texts(filled(edit.EDIT, "boat.mp4", checkpoint=Path("a"), prompt="snow"))["Source prompt"] == ""
     assert the(prompt, "CreateVideo").pop("audio") == [place, 4]
     assert {key: node for key, node in prompt.items() if key != place and "value" not in node["inputs"]} == {
@@ -59,8 +59,8 @@ def test_a_clip_of_ones_own_takes_the_place_of_the_demo_clip():
     }
 
 
-def test_a_clip_without_a_prompt_is_not_edited(clips):
-    """The prompt in the workflow is of another clip."""
+def test_edit_refuses_a_clip_without_a_prompt(clips):
+    """The workflow's own prompt describes another clip."""
     command = [sys.executable, ROOT / "scripts" / "edit.py", "--clip", clips / "source.mp4"]
     ended = subprocess.run([*command, "--checkpoint", clips / "source.mp4"], capture_output=True, text=True)
     assert ended.returncode == 2 and "--prompt: say what the clip should show" in ended.stderr
@@ -85,7 +85,7 @@ def measure(*arguments):
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_an_edit_is_measured_against_the_frames_it_was_made_of(clips):
+def test_measure_compares_the_edit_with_the_selected_frames(clips):
     pytest.importorskip("cv2")
     ended = measure(clips / "source.mp4", clips / "edited.mp4", "--start=1", "--stride=2", "--plot", clips / "plot.png")
     assert ended.returncode == 0, ended.stderr
@@ -95,7 +95,7 @@ def test_an_edit_is_measured_against_the_frames_it_was_made_of(clips):
     assert plot == f"the plot: {clips / 'plot.png'}" and (clips / "plot.png").stat().st_size > 5000
 
 
-def test_what_measure_cannot_do_is_said_in_a_line(clips):
+def test_measure_reports_errors_in_one_line(clips):
     for arguments, said in (
         ((clips / "source.mp4", clips / "none.mp4"), "there is no file"),
         ((clips / "edited.mp4", clips / "source.mp4"), "frames"),

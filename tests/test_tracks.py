@@ -1,4 +1,4 @@
-"""Tracks and what is measured along them: equal to plain loops, with known answers at the limits."""
+"""Tracks and measures along them, against plain loops and known answers at the limits."""
 
 import math
 
@@ -23,7 +23,7 @@ def some(seed=0):
 
 
 @pytest.mark.parametrize("frame", [0, 2, FRAMES - 1])
-def test_tracks_follow_the_best_match(frame):
+def test_tracks_of_follows_the_best_match(frame):
     correspondence = find_correspondence(randn(FRAMES, HEIGHT, WIDTH, 13), window=5, k=3)
     places = tracks_of(correspondence, frame)
     assert places.shape == (FRAMES, HEIGHT, WIDTH, 2)
@@ -41,14 +41,14 @@ def test_tracks_follow_the_best_match(frame):
                     token = int(correspondence.backward[other - 1, token, 0])
 
 
-def test_tracks_of_one_frame_and_of_a_still_clip():
+def test_tracks_of_one_frame_and_of_a_still_clip_stay_in_place():
     features = randn(1, HEIGHT, WIDTH, 13)
     assert_close(tracks_of(find_correspondence(features, window=5, k=2), 0), STILL[:1])
     assert_close(tracks_of(find_correspondence(features.expand(FRAMES, -1, -1, -1), window=5, k=2), 3), STILL)
 
 
 @pytest.mark.parametrize("radius", [0.5, 1, 2.5])
-def test_pck_equals_a_plain_loop(radius):
+def test_pck_matches_a_plain_loop(radius):
     found, true, visible = STILL + randn(*STILL.shape), STILL + randn(*STILL.shape, seed=1), some()
     shares = pck(found, true, visible, radius)
     for frame in range(FRAMES):
@@ -63,7 +63,7 @@ def test_pck_equals_a_plain_loop(radius):
     assert 0 < shares.min() and shares.max() < 1
 
 
-def test_pck_at_its_limits():
+def test_pck_is_one_for_exact_places_and_nan_without_visible_ones():
     assert_close(pck(STILL, STILL, ALL, 0), torch.ones(FRAMES, dtype=torch.float64))
     off = STILL + torch.tensor([3.0, 4.0])
     assert pck(off, STILL, ALL, 5).min() == 1 and pck(off, STILL, ALL, 4.99).max() == 0
@@ -72,8 +72,8 @@ def test_pck_at_its_limits():
     ]
 
 
-def test_look_up_is_bilinear_and_knows_grids_of_another_size():
-    # A ramp of 0, 1, 2... along x, in a picture twice and three times the grid.
+def test_look_up_is_bilinear_and_scales_the_grid():
+    # A ramp of 0, 1, 2... along x; the picture is twice as wide and three times as high as the grid.
     picture = torch.arange(2 * WIDTH).float().expand(FRAMES, 3 * HEIGHT, -1)[..., None]
     found = look_up(picture, STILL + torch.tensor([0.25, 0.0]), (HEIGHT, WIDTH))
     assert found.shape == (FRAMES, HEIGHT, WIDTH, 1)
@@ -83,7 +83,7 @@ def test_look_up_is_bilinear_and_knows_grids_of_another_size():
     assert_close(look_up(frames, STILL + 1000, (HEIGHT, WIDTH))[1, 2, 3], frames[1, -1, -1])
 
 
-def test_colour_drift_equals_a_plain_loop():
+def test_colour_drift_matches_a_plain_loop():
     frames, visible = randn(FRAMES, HEIGHT, WIDTH, CHANNELS), some()
     squares = count = 0
     for row in range(HEIGHT):
@@ -96,8 +96,8 @@ def test_colour_drift_equals_a_plain_loop():
     assert colour_drift(frames, STILL, visible) == pytest.approx(math.sqrt(squares / count))
 
 
-def test_colour_drift_at_its_limits():
-    """None where everything moves with its colours; that of noise is known."""
+def test_colour_drift_is_zero_for_pure_motion_and_known_for_noise():
+    """Drift is zero if everything moves with its colours, and the expected drift of noise is known."""
     frames = randn(1, HEIGHT, WIDTH, CHANNELS)
     rolled = torch.cat([frames.roll(frame, 2) for frame in range(FRAMES)])
     moving = STILL + torch.arange(FRAMES).view(-1, 1, 1, 1) * torch.tensor([1.0, 0.0])
@@ -112,16 +112,16 @@ def test_colour_drift_at_its_limits():
     assert colour_drift(noise, places, everywhere) == pytest.approx(0.1 * math.sqrt(1 - 1 / FRAMES), rel=0.02)
 
 
-def test_nothing_seen_twice_is_refused():
+def test_colour_drift_refuses_points_visible_only_once():
     once = torch.zeros_like(ALL)
     once[1] = True
     with pytest.raises(ValueError, match="no point is visible in two frames"):
         colour_drift(randn(FRAMES, HEIGHT, WIDTH, CHANNELS), STILL, once)
 
 
-def test_warping_error_equals_a_plain_loop():
+def test_warping_error_matches_a_plain_loop():
     frames, visible = randn(FRAMES, HEIGHT, WIDTH, CHANNELS), some()[1:]
-    steps = randn(FRAMES - 1, HEIGHT, WIDTH, 2, seed=1).round()  # whole pixels, so that no neighbours are mixed
+    steps = randn(FRAMES - 1, HEIGHT, WIDTH, 2, seed=1).round()  # whole pixels, without interpolation
     errors = warping_error(frames, steps, visible)
     for frame in range(FRAMES - 1):
         squares = []
@@ -134,7 +134,7 @@ def test_warping_error_equals_a_plain_loop():
         assert errors[frame] == pytest.approx(sum(squares) / len(squares), rel=1e-5)
 
 
-def test_warping_error_of_what_only_moves_is_zero():
+def test_warping_error_of_pure_motion_is_zero():
     frames = torch.cat([randn(1, HEIGHT, WIDTH, CHANNELS).roll(frame, 1) for frame in range(FRAMES)])
     down = torch.tensor([0.0, 1.0]).expand(FRAMES - 1, HEIGHT, WIDTH, 2)
     seen = (ROWS < HEIGHT - 1).expand(FRAMES - 1, -1, -1)
@@ -143,7 +143,7 @@ def test_warping_error_of_what_only_moves_is_zero():
     assert warping_error(frames, down, seen & False).isnan().all()
 
 
-def test_tracks_and_flow_of_another_shape_are_refused():
+def test_pck_and_warping_error_refuse_other_shapes():
     with pytest.raises(ValueError, match=r"places \[frames, height, width, 2\].*\[5, 7, 11\]"):
         pck(STILL[..., 0], STILL, ALL, 1)
     with pytest.raises(ValueError, match="bool visible"):

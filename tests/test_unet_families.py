@@ -1,4 +1,4 @@
-"""Every family of UNets that the host loads runs in every node, or is refused in one sentence that names it."""
+"""Every UNet family of the host runs in every node, or is refused with an error that names it."""
 
 from functools import cache
 
@@ -17,7 +17,7 @@ REFUSED = {
     "LotusD": "got Lotus with ModelSamplingDiscrete and IMG_TO_IMG",
 }
 
-# What checkpoints of a family may have besides: settings of the UNet, and tensors by which the host tells them.
+# Variants within a family: UNet settings, and the tensors by which the host detects them.
 NO_MIDDLE, RESNET_MIDDLE = {"transformer_depth_middle": -2}, {"transformer_depth_middle": -1}
 EDM_V = {"edm_vpred.sigma_max": torch.tensor(120.0), "edm_vpred.sigma_min": torch.tensor(0.002)}
 SDXS = {"num_res_blocks": [1, 1, 1], "channel_mult": [1, 2, 4], "transformer_depth_output": [1, 1, 1, 1, 1, 1]}
@@ -45,7 +45,7 @@ PARTS |= {"SVD_img2vid": VIDEO, "SV3D_u": VIDEO, "SV3D_p": VIDEO}
 
 
 def families() -> dict[str, type]:
-    """Name -> the host's configuration of each model that is a UNet."""
+    """Return the host's configuration of each UNet model by name."""
     import comfy.supported_models
 
     return {made.__name__: made for made in comfy.supported_models.models if "model_channels" in made.unet_config}
@@ -53,11 +53,11 @@ def families() -> dict[str, type]:
 
 @cache
 def build(name: str):
-    """A random MODEL of a family or variant: narrow and shallow, with the parts and inputs of the real one."""
+    """Return a random MODEL of a family or variant: narrow and shallow, with the real one's parts and inputs."""
     family, settings, tensors = VARIANTS.get(name, (name, PARTS.get(name, {}), {}))
     family = families()[family]
     depth = [min(count, 2) for count in family.unet_config.get("transformer_depth", SD1_DEPTH)]
-    count = 1 if len(depth) == 3 else 2  # ResNet blocks a level
+    count = 1 if len(depth) == 3 else 2  # ResNet blocks per level
     levels = [depth[i : i + count] for i in range(0, len(depth), count)]
     config = {"image_size": 32, "in_channels": 4, "out_channels": 4, "context_dim": 1024}
     config |= {"use_spatial_transformer": True, "legacy": False, "use_checkpoint": False}
@@ -71,12 +71,12 @@ def build(name: str):
     projection = {"cc_projection.weight": torch.zeros(768, 772), "cc_projection.bias": torch.zeros(768)}
     with torch.no_grad():
         model = made.get_model(tensors | projection, "")
-    # Near the ideal answer for noise that is predicted, and for v, so that sampling returns what was inverted.
+    # Close to the ideal prediction for both eps and v, so that sampling returns the inverted clip.
     return with_random_weights(model, share=float(model.model_type.name == "EPS"))
 
 
 def text(model, seed: int) -> list:
-    """A CONDITIONING of random numbers as the family's text encoder would give it."""
+    """Return a CONDITIONING of random numbers with the shape of the family's text encoder."""
     generator = torch.Generator().manual_seed(seed)
     width = model.model.model_config.unet_config["context_dim"]
     pooled = torch.randn(1, 1280, generator=generator)
@@ -84,7 +84,7 @@ def text(model, seed: int) -> list:
 
 
 def run_everywhere(nodes, model):
-    """Every node with a MODEL in turn, and last an edit by all of them."""
+    """Run every node with a MODEL input; return the clip, its reconstruction and the edits by name."""
     clip = latents(3, 13, 11)
     source, edit = text(model, 1), text(model, 2)
     features, _ = call(nodes["DiffusionFeatures"], model=model, latent=clip)
@@ -108,12 +108,12 @@ def run_everywhere(nodes, model):
     return clip["samples"], back, results
 
 
-def test_every_family_of_the_host_is_tried(comfy):
+def test_families_lists_every_unet_of_the_host(comfy):
     assert families().keys() == {*FAMILIES, *REFUSED}
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *VARIANTS])
-def test_every_family_runs_in_every_node(comfy, nodes, name):
+def test_nodes_run_every_unet_family(comfy, nodes, name):
     model = build(name)
     before = state_of(model)
     with torch.inference_mode():
@@ -126,7 +126,7 @@ def test_every_family_runs_in_every_node(comfy, nodes, name):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_family_that_cannot_be_inverted_is_refused_by_name(comfy, nodes, name):
+def test_nodes_refuse_unet_families_that_cannot_be_inverted(comfy, nodes, name):
     model, wrong = build(name), REFUSED[name]
     wires = {"positive": text(model, 1), "negative": text(model, 2), "noise": latents()}
     with refused("Diffusion Features", wrong):

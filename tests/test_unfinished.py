@@ -1,4 +1,4 @@
-"""An interrupted inversion keeps its finished steps, so that it can be resumed."""
+"""Storage of the finished steps of an interrupted inversion."""
 
 import math
 import os
@@ -43,14 +43,14 @@ def files(unfinished):
     return sorted(unfinished.folder.iterdir())
 
 
-def test_steps_returns_them_in_order(module, unfinished, tmp_path):
+def test_steps_returns_steps_in_order(module, unfinished, tmp_path):
     assert_same(unfinished.steps(), RECORDS)
     assert_same(module.UnfinishedInversion(str(tmp_path / "unfinished"), "abc").steps(), RECORDS)
     assert module.UnfinishedInversion(tmp_path / "unfinished", "abd").steps() == []
     assert len(files(unfinished)) == STEPS
 
 
-def test_add_keeps_a_step_at_once(module, tmp_path):
+def test_add_writes_a_step_immediately(module, tmp_path):
     made = module.UnfinishedInversion(tmp_path / "user" / "unfinished", "abc")
     assert made.steps() == []
     for step, tensors in enumerate(RECORDS):
@@ -58,7 +58,7 @@ def test_add_keeps_a_step_at_once(module, tmp_path):
         assert_same(made.steps(), RECORDS[: step + 1])
 
 
-def test_add_keeps_tensors_whatever_their_strides(module, tmp_path):
+def test_add_keeps_tensors_of_any_strides(module, tmp_path):
     made = module.UnfinishedInversion(tmp_path, "abc")
     made.add(0, {"x": randn(7, 5, 3).permute(2, 1, 0)})
     assert_same(made.steps(), [{"x": randn(7, 5, 3).permute(2, 1, 0)}])
@@ -66,7 +66,7 @@ def test_add_keeps_tensors_whatever_their_strides(module, tmp_path):
 
 @pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b""), None])
 @pytest.mark.parametrize("step", [0, 4, STEPS - 1])
-def test_steps_ends_before_one_that_cannot_be_read(unfinished, step, damage):
+def test_steps_ends_before_an_unreadable_step(unfinished, step, damage):
     path = files(unfinished)[step]
     if damage is None:
         os.truncate(path, path.stat().st_size - 1)
@@ -77,7 +77,7 @@ def test_steps_ends_before_one_that_cannot_be_read(unfinished, step, damage):
     assert_same(unfinished.steps()[: step + 1], RECORDS[: step + 1])
 
 
-def test_add_leaves_nothing_of_a_step_that_cannot_be_written(module, unfinished, monkeypatch):
+def test_add_leaves_no_file_after_a_failed_write(module, unfinished, monkeypatch):
     before = files(unfinished)
     monkeypatch.setattr(sys.modules[module.save_tensors.__module__], "save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
@@ -86,7 +86,7 @@ def test_add_leaves_nothing_of_a_step_that_cannot_be_written(module, unfinished,
     assert_same(unfinished.steps(), RECORDS)
 
 
-def test_steps_outlive_their_files(unfinished):
+def test_steps_returns_tensors_that_outlive_their_files(unfinished):
     found = unfinished.steps()
     unfinished.discard()
     assert_same(found, RECORDS)
@@ -102,9 +102,9 @@ def test_discard_removes_this_inversion_only(module, unfinished):
 
 
 def unfinished_ones(module, folder, count, steps=2):
-    """Yield inversions from the oldest on, dated by hand: the clock of a file system may be too coarse."""
+    """Yield inversions, oldest first, with explicit dates because a file system's clock may be too coarse."""
     for i in range(count):
-        made = module.UnfinishedInversion(folder, f"{(7 * i) % 11:02}")  # names of another order
+        made = module.UnfinishedInversion(folder, f"{(7 * i) % 11:02}")  # names do not sort by age
         for step in range(steps):
             made.add(step, RECORDS[step])
         os.utime(made.folder, (1000 + i, 1000 + i))
@@ -117,14 +117,14 @@ def taken(folder):
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), LATENTS, (11, 4, 13, 17)])
 @pytest.mark.parametrize("steps", [1, 7])
-def test_size_of_is_just_above_what_the_steps_take(module, tmp_path, shape, steps):
+def test_size_of_is_slightly_above_the_actual_size(module, tmp_path, shape, steps):
     made = module.UnfinishedInversion(tmp_path, "abc")
     for step in range(steps):
         made.add(step, record(step) | {"x": randn(*shape, seed=step)})
     assert taken(tmp_path) <= made.size_of(steps, shape) < taken(tmp_path) + 1024 * steps
 
 
-def test_unfinished_in_lists_the_oldest_first_with_their_bytes(module, tmp_path):
+def test_unfinished_in_lists_the_oldest_first_with_sizes(module, tmp_path):
     (tmp_path / "a file").write_text("not an unfinished inversion")
     (tmp_path / "elsewhere").symlink_to(tmp_path)
     ones = list(unfinished_ones(module, tmp_path, 5))
@@ -138,7 +138,7 @@ def test_unfinished_in_lists_the_oldest_first_with_their_bytes(module, tmp_path)
 
 
 @pytest.mark.parametrize("room", [0, 1, 3, 6])
-def test_make_room_removes_the_oldest_until_all_fits(module, tmp_path, monkeypatch, room):
+def test_make_room_removes_the_oldest_until_the_rest_fits(module, tmp_path, monkeypatch, room):
     (tmp_path / "a file").write_text("not an unfinished inversion")
     ones = list(unfinished_ones(module, tmp_path, 7))
     one = ones[0].others() // 6  # all are of one size
@@ -160,7 +160,7 @@ def test_make_room_keeps_its_own_steps(module, tmp_path, monkeypatch):
     assert [len(some.steps()) for some in ones] == [2, 0, 2]
 
 
-def test_make_room_refuses_one_that_exceeds_the_limit_alone(module, tmp_path, monkeypatch):
+def test_make_room_refuses_an_inversion_that_alone_exceeds_the_limit(module, tmp_path, monkeypatch):
     ones = list(unfinished_ones(module, tmp_path, 5))
     one = ones[0].others() // 4
     monkeypatch.setattr(module.UnfinishedInversion, "LIMIT", 3 * one)
@@ -176,7 +176,7 @@ def test_make_room_returns_false_when_others_cannot_be_removed(module, tmp_path,
 
 
 def test_add_never_exceeds_the_limit(module, tmp_path, monkeypatch):
-    """Two processes may write to one folder, and neither knows how many steps the other will add."""
+    """Two processes may write to one folder without knowing how many steps the other will add."""
     limit = module.UnfinishedInversion.size_of(5, LATENTS)
     monkeypatch.setattr(module.UnfinishedInversion, "LIMIT", limit)
     one, other = (module.UnfinishedInversion(tmp_path, name) for name in ("one", "other"))
@@ -193,7 +193,7 @@ def test_add_never_exceeds_the_limit(module, tmp_path, monkeypatch):
     assert_same(one.steps(), RECORDS[: len(one.steps())])
 
 
-def test_add_refuses_a_step_without_the_one_before(module, tmp_path):
+def test_add_refuses_a_step_without_its_predecessor(module, tmp_path):
     made = module.UnfinishedInversion(tmp_path, "abc")
     made.add(0, RECORDS[0])
     with pytest.raises(OSError, match="step before"):

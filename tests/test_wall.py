@@ -1,4 +1,4 @@
-"""The method knows nothing of ComfyUI and needs torch, einops and safetensors only; what is published is whole."""
+"""`cove` never imports ComfyUI and needs only torch, einops and safetensors; the published pack is complete."""
 
 import re
 import subprocess
@@ -14,7 +14,7 @@ METHOD = [
 
 
 def roots(*modules, after=()):
-    """Top names of what these modules of `cove` import in a fresh interpreter, beyond what `after` imports."""
+    """Return the top-level packages that these modules of `cove` import in a fresh interpreter, beyond `after`'s."""
     return set(
         fresh(
             "import importlib, json, sys\n"
@@ -34,17 +34,17 @@ def test_cove_never_imports_comfy():
     assert not {name for name in found if name.startswith("comfy") or name in ("nodes", "folder_paths")}
 
 
-def test_the_method_needs_torch_einops_and_safetensors_only():
+def test_cove_method_needs_torch_einops_and_safetensors_only():
     needed = ["torch", "einops", "safetensors.torch"]
     assert roots(*METHOD, after=needed) - set(sys.stdlib_module_names) <= {"cove", "torch", "einops", "safetensors"}
 
 
-def test_the_version_is_the_one_that_is_published():
+def test_cove_version_matches_pyproject():
     (published,) = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)
     assert cove.__version__ == published
 
 
-def test_the_published_pack_has_all_that_the_nodes_use():
+def test_comfyignore_keeps_everything_the_nodes_use():
     listed = ["git", "ls-files", "--cached", "--ignored", "--exclude-from=.comfyignore"]
     left_out = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
     tops = {path.partition("/")[0] for path in left_out}

@@ -1,7 +1,7 @@
-"""The method on CUDA tensors that hold no data, on any machine: devices are never mixed, and what would be held.
+"""The method on fake CUDA tensors, on any machine: devices never mix, and working memory is bounded.
 
-torch follows devices, shapes and storage through every operation and computes nothing. It is no run on a GPU: kernels
-and their workspace are left out. That products of whole numbers have no kernel there is asked for apart.
+torch tracks devices, shapes and storage through every operation without computing. Kernels and their workspace are not
+covered; products of integers, which have no CUDA kernel, are checked separately.
 """
 
 import pytest
@@ -25,7 +25,7 @@ PRODUCTS = ("mm", "mv", "bmm", "dot", "addmm", "addmv", "baddbmm", "convolution"
 
 
 class NoWholeProducts(TorchDispatchMode):
-    """An error where a GPU has none but floating-point kernels."""
+    """Refuse integers in operations that have only floating-point kernels on a GPU."""
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         if operation.overloadpacket.__name__ in PRODUCTS:
@@ -40,7 +40,7 @@ def without_data():
         yield
 
 
-def test_a_product_of_whole_numbers_is_seen():
+def test_no_whole_products_detects_a_product_of_integers():
     with pytest.raises(AssertionError, match=r"mv.*int64"):
         cuda(3, 2, dtype=torch.int64) @ cuda(2, dtype=torch.int64)
 
@@ -49,8 +49,8 @@ def cuda(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="cuda")
 
 
-def test_working_memory_of_correspondence():
-    """Beyond features and result, on 64x64x320: 64 MiB less the 32 that cuBLAS can keep, however many frames."""
+def test_find_correspondence_and_refine_working_memory_is_bounded_on_cuda():
+    """Beyond features and result, 64x64x320 may take 64 MiB minus cuBLAS' 32, for any number of frames."""
     matching, refining = [], []
     for frames in (4, 7):
         features = cuda(frames, 64, 64, 320)
@@ -70,7 +70,7 @@ def test_working_memory_of_correspondence():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("refined", [False, True])
 @pytest.mark.parametrize("matched_on", ["cpu", "cuda"])
-def test_guided_attention(dtype, refined, matched_on):
+def test_correspondence_attention_keeps_device_and_dtype_on_cuda(dtype, refined, matched_on):
     features = torch.empty((FRAMES, *GRID, CHANNELS), device=matched_on)
     matches = find_correspondence(features, 5, 3)
     assert matches.forward.device.type == matched_on
@@ -85,7 +85,7 @@ def test_guided_attention(dtype, refined, matched_on):
 
 
 class Copies(TorchDispatchMode):
-    """Counts what goes from the CPU to the GPU: each copy waits for all that was asked of the GPU before."""
+    """Count copies from CPU to GPU; each waits for all earlier GPU work."""
 
     def __init__(self):
         super().__init__()
@@ -98,7 +98,7 @@ class Copies(TorchDispatchMode):
         return result
 
 
-def test_guided_attention_copies_no_more_often_with_more_frames():
+def test_correspondence_attention_copies_to_the_gpu_do_not_grow_with_frames():
     counts = []
     for frames in (2, 7):
         matches = find_correspondence(torch.empty(frames, *GRID, CHANNELS), 5, 3)
@@ -108,14 +108,14 @@ def test_guided_attention_copies_no_more_often_with_more_frames():
     assert 0 < counts[0] == counts[1]
 
 
-def test_tokenflow():
+def test_tokenflow_functions_keep_the_device():
     keyframes, between = [1, 3], between_keyframes(FRAMES, [1, 3])
     tokens = cuda(FRAMES, 21, CHANNELS, dtype=torch.float16)
     fields = nearest_tokens(tokens, keyframes, between)
     assert fields.device.type == propagate(tokens[keyframes], fields, between).device.type == "cuda"
 
 
-def test_features_and_injection():
+def test_resample_and_inject_features_keep_the_device():
     assert resample(cuda(FRAMES, CHANNELS, 5, 7), (10, 14)).device.type == "cuda"
-    stored = torch.empty((FRAMES, CHANNELS, *GRID), dtype=torch.float16)  # what an inversion keeps lies on the CPU
+    stored = torch.empty((FRAMES, CHANNELS, *GRID), dtype=torch.float16)  # an inversion stores features on the CPU
     assert inject_features(cuda(2 * FRAMES, CHANNELS, *GRID), stored, 2).device.type == "cuda"

@@ -1,4 +1,4 @@
-"""What the tests beside other packs share: each frame alone, a MODEL patched in two orders, equal or refused."""
+"""Shared by the tests beside other packs: independent frames, patches in both orders, equal or refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.helpers import call, prompt
 from tests.inversion_helpers import ask, down, noise_like
 
 FRAMES, STEPS = 5, 4  # the host's context windows (0.3.75) need one step less than frames
-CLOSE = {"rtol": 1e-3, "atol": 1e-2}  # of values up to 50: batches of another size add up in another order
+CLOSE = {"rtol": 1e-3, "atol": 1e-2}  # of values up to 50; the batch size changes the order of additions
 ORDERS = pytest.mark.parametrize("order", ["before", "after"])
 
 NODES = ("Diffusion Features: ", "DDIM Inversion: ", "DDIM Sampler: ", "Correspondence Attention: ")
@@ -18,22 +18,22 @@ NODES += ("Feature Injection: ", "Store Features: ", "TokenFlow: ")
 
 
 def alone(nodes, model):
-    """MODEL with Correspondence Attention in which every frame sees itself: the clip at once is its frames."""
+    """Return MODEL with Correspondence Attention in which frames attend only to themselves."""
     return call(nodes["CorrespondenceAttention"], model=model, spatial_temporal="own frame")[0]
 
 
 def arranged(order, model, theirs, ours):
-    """MODEL patched by both: by theirs `before` or `after` ours."""
+    """Return MODEL patched by both, theirs `before` or `after` ours."""
     return ours(theirs(model)) if order == "before" else theirs(ours(model))
 
 
 def answer(model, inversion, positive=None):
-    """The answer of MODEL for an edit, in the middle of sampling."""
+    """Return MODEL's denoised edit in the middle of sampling."""
     return ask(model, noise_like(inversion), down(inversion), -2 - 1, positive or prompt(2), prompt(3), 2.0)
 
 
 def answer_of_clips(windows, model_of, inversion, positive=None):
-    """`answer` where every window is a clip of its own with the MODEL that `model_of` gives for its frames."""
+    """Return `answer` with every window as a separate clip, on the MODEL that `model_of` returns for its frames."""
     total, count = torch.zeros_like(inversion.clip), torch.zeros(len(inversion.clip), 1, 1, 1)
     for frames in windows:
         asked = (down(inversion), -2 - 1, positive or prompt(2), prompt(3), 2.0)
@@ -43,7 +43,7 @@ def answer_of_clips(windows, model_of, inversion, positive=None):
 
 
 def equal_or_refused(run, expected, *pieces: str) -> None:
-    """The run gives what is expected, or one of our nodes refuses it in a sentence with these pieces."""
+    """Check that the run returns `expected`, or that one of our nodes refuses it with these pieces in the error."""
     try:
         got = run()
     except ValueError as error:

@@ -1,7 +1,7 @@
-"""The pack beside other packs, loaded as the host loads them: `nox -s packs -- FOLDER ...` runs these tests.
+"""The pack beside other packs, loaded by the host's loader: `nox -s packs -- FOLDER ...` runs these tests.
 
-`COVE_PACKS` names the folders. Without it nothing here is collected; the tests of a pack that is not among them are
-skipped and say so.
+`COVE_PACKS` names the folders. Without it no test is collected here; tests of a pack that is not among them are skipped
+with a message.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ collect_ignore_glob = [] if FOLDERS else ["test_*.py"]
 
 @pytest.fixture(scope="session")
 def folders() -> dict[str, Path]:
-    """Name of a pack -> the folder that was given."""
+    """Name of a pack -> its folder in `COVE_PACKS`."""
     return {name_of(folder): folder for folder in FOLDERS}
 
 
@@ -30,7 +30,7 @@ def folders() -> dict[str, Path]:
 def use(comfy, base, folders) -> Callable[..., tuple]:
     """Call a node of the host or of a pack by its id, with its own defaults; returns its outputs.
 
-    All packs that were given are loaded into this process by the host's loader.
+    The host's loader loads all packs of `COVE_PACKS` into this process.
     """
     importlib.import_module("utils.install_util")  # as main.py does: `nodes` puts comfy/ first, which has a utils.py
     import server
@@ -59,7 +59,7 @@ def use(comfy, base, folders) -> Callable[..., tuple]:
 def _nodes_of(pack: str, fixture: str):
     @pytest.fixture(scope="session", name=fixture)
     def nodes_of(request, folders):
-        """`use`, where this pack was given."""
+        """`use`, if this pack is in `COVE_PACKS`."""
         if pack not in folders:
             pytest.skip(f"not run: {pack} was not given")
         return request.getfixturevalue("use")
@@ -90,7 +90,7 @@ def windowed(request):
 
 
 def core_windows(model):
-    """MODEL with the host's own context windows."""
+    """Return MODEL with the host's own context windows."""
     from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 
     settings = {"context_length": 3, "context_overlap": 1, "context_schedule": "standard_static"}

@@ -15,7 +15,7 @@ from tests.inversion_helpers import UNETS
 
 @cache
 def tiny_controlnet(kind: str = "two levels", seed: int = 1):
-    """A random ControlNet for the MODEL `tiny` of the same kind, as the host's loader returns one."""
+    """Return a random ControlNet for the MODEL `tiny` of the same kind, like the host's loader."""
     import comfy.cldm.cldm
     import comfy.controlnet
 
@@ -32,7 +32,7 @@ def tiny_controlnet(kind: str = "two levels", seed: int = 1):
     return comfy.controlnet.ControlNet(model.eval(), load_device=torch.device("cpu"))
 
 
-EMBEDDING = 48  # numbers that the image encoder gives for a picture
+EMBEDDING = 48  # width of an image embedding
 # Channels of the cross-attentions of `tiny("sd15")`, in the order in which an IPAdapter file counts them.
 CHANNELS = (32, 32, 64, 64, 128, 128, *[128] * 3, *[64] * 3, *[32] * 3, 128)
 
@@ -58,7 +58,7 @@ def write_ipadapter(path: Path, seed: int = 2) -> Path:
 
 
 def tiny_clip_vision(folder: Path, seed: int = 3):
-    """A random CLIP_VISION of the host's own class, of two narrow layers."""
+    """Return a random CLIP_VISION of the host's own class, with two narrow layers."""
     import comfy.clip_vision
 
     size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}

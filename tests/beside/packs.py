@@ -1,4 +1,4 @@
-"""Which other packs were given, and how they are put into a base folder."""
+"""The other packs in `COVE_PACKS`, and their installation into a base folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PACKS = {
 
 
 def name_of(folder: Path) -> str:
-    """The name of the pack in a folder, as its pyproject.toml gives it; an error when these tests do not know it."""
+    """Return the name of the pack in a folder from its pyproject.toml; raise if these tests do not know it."""
     project = folder / "pyproject.toml"
     if not project.is_file():
         raise FileNotFoundError(f"{folder} is not the folder of a pack: it holds no pyproject.toml")
@@ -32,7 +32,7 @@ def name_of(folder: Path) -> str:
 
 
 def install(folders: dict[str, Path], base: Path) -> list[Path]:
-    """Copy packs into the custom nodes of a base folder: some write into their own folder."""
+    """Copy packs into the custom nodes of a base folder; copies, because some write into their own folder."""
     copies = [base / "custom_nodes" / name for name in folders]
     for copy, folder in zip(copies, folders.values(), strict=True):
         shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(".git", "__pycache__"))

@@ -22,7 +22,7 @@ from tests.inversion_helpers import (
     watched,
 )
 
-# Kind of windows -> the node of its options, what it is set to, and the windows at the first step.
+# Kind of windows -> the node of its options, settings, and the windows at the first step.
 WINDOWS = {
     "static": ("ADE_StandardStaticContextOptions", {}, ([0, 1, 2], [2, 3, 4])),
     "looped": (
@@ -45,18 +45,18 @@ def windows(request, ade):
     return cut, listed
 
 
-def test_windows_are_cut(small, nodes, windows):
+def test_evolved_sampling_cuts_windows(small, nodes, windows):
     noise, _ = invert(nodes, small, latent=latents(FRAMES))
     with watched(small) as calls:
         sample(nodes, windows[0](small), noise, cfg=1.0)
     assert {len(seen.latents) for seen in calls} == {3} and len(calls) > 3
 
 
-# --- each frame alone: no window may change anything ---
+# --- independent frames: windows must not change the result ---
 
 
 @ORDERS
-def test_inversion_and_edit_of_frames_alone(small, nodes, windows, order):
+def test_ddim_inversion_and_sampler_of_independent_frames_are_independent_of_windows(small, nodes, windows, order):
     own = partial(alone, nodes)
     noise, inversion = invert(nodes, own(small), latent=latents(FRAMES))
     model = arranged(order, small, windows[0], own)
@@ -67,7 +67,7 @@ def test_inversion_and_edit_of_frames_alone(small, nodes, windows, order):
 
 
 @pytest.mark.parametrize("batch_size", [2, 3, 8])
-def test_diffusion_features(small, nodes, windows, batch_size):
+def test_diffusion_features_are_independent_of_windows(small, nodes, windows, batch_size):
     def take(model):
         return call(nodes["DiffusionFeatures"], model=model, latent=latents(FRAMES), batch_size=batch_size)[0].tokens
 
@@ -76,17 +76,17 @@ def test_diffusion_features(small, nodes, windows, batch_size):
 
 @pytest.mark.parametrize("storage", ["recompute", "memory"])
 @ORDERS
-def test_feature_injection(small, nodes, windows, order, storage):
+def test_feature_injection_is_independent_of_windows(small, nodes, windows, order, storage):
     noise, inversion = invert(nodes, small, latent=latents(FRAMES))
     inversion = store_unless_recomputed(nodes, small, inversion, storage)
-    blocks = ALL if storage == "recompute" else {}  # those that are stored
+    blocks = ALL if storage == "recompute" else {}  # the stored ones
     expected = sample(nodes, inject(nodes, small, inversion, **blocks), noise)
     model = arranged(order, small, windows[0], lambda model: inject(nodes, model, inversion, **blocks))
     assert_close(sample(nodes, model, noise), expected, **CLOSE)
 
 
 @ORDERS
-def test_a_source_prompt_with_a_row_for_each_frame(small, nodes, windows, order):
+def test_feature_injection_keeps_source_prompt_rows_with_their_frames(small, nodes, windows, order):
     rows = [[torch.cat([prompt(seed)[0][0] for seed in range(FRAMES)]), {}]]
     noise, inversion = invert(nodes, small, rows, latents(FRAMES))
     expected = sample(nodes, inject(nodes, small, inversion, **ALL), noise)
@@ -95,11 +95,11 @@ def test_a_source_prompt_with_a_row_for_each_frame(small, nodes, windows, order)
     assert_close(sample(nodes, model, noise), expected, **CLOSE)
 
 
-# --- frames that see one another: a window is a clip of its own ---
+# --- joint frames: a window is a separate clip ---
 
 
 @ORDERS
-def test_attention_among_all_frames(small, nodes, windows, order):
+def test_correspondence_attention_of_all_frames_treats_a_window_as_a_clip(small, nodes, windows, order):
     _, inversion = invert(nodes, small, latent=latents(FRAMES))
     cut, listed = windows
     expected = answer_of_clips(listed, lambda frames: joint(nodes, small), inversion)
@@ -107,7 +107,7 @@ def test_attention_among_all_frames(small, nodes, windows, order):
 
 
 @ORDERS
-def test_correspondence_attention(small, nodes, windows, order):
+def test_correspondence_attention_treats_a_window_as_a_clip(small, nodes, windows, order):
     _, inversion = invert(nodes, small, latent=latents(FRAMES))
     features, _ = call(nodes["DiffusionFeatures"], model=small, latent=latents(FRAMES))
     (correspondence,) = call(nodes["Correspondence"], features=features, window=3)
@@ -123,7 +123,7 @@ def test_correspondence_attention(small, nodes, windows, order):
 
 
 def pairs_of(correspondence, frames):
-    """The correspondence of some of its frames as of a clip of their own: every pair is followed, then looked up."""
+    """Return the correspondence of some of its frames as a separate clip, with every pair followed beforehand."""
     pairs = torch.zeros(len(frames), len(frames), correspondence.height * correspondence.width, correspondence.k)
     for i, frame in enumerate(frames):
         for j, other in enumerate(frames):
@@ -137,7 +137,7 @@ def pairs_of(correspondence, frames):
 
 @pytest.mark.parametrize("blend", [True, False])
 @ORDERS
-def test_tokenflow(small, nodes, windows, order, blend):
+def test_token_flow_treats_a_window_as_a_clip(small, nodes, windows, order, blend):
     _, inversion = invert(nodes, small, latent=latents(FRAMES))
     cut, listed = windows
     expected = answer_of_clips(
@@ -148,8 +148,8 @@ def test_tokenflow(small, nodes, windows, order, blend):
 
 
 @ORDERS
-def test_all_of_it_at_once(small, nodes, windows, order):
-    """Inversion with windows, correspondence, injection: the edit that the same windows make of clips of their own."""
+def test_feature_injection_with_attention_and_windows_is_independent_of_order(small, nodes, windows, order):
+    """Windows, Correspondence Attention and Feature Injection together; the last two in both orders."""
     cut, _ = windows
     guided = guide(nodes, small, latents(FRAMES))
     noise, inversion = invert(nodes, cut(guided), latent=latents(FRAMES))

@@ -1,4 +1,4 @@
-"""Beside Advanced-ControlNet: hints, latent keyframes and timestep keyframes; with context windows and without."""
+"""With Advanced-ControlNet: hints, latent keyframes and timestep keyframes, with and without context windows."""
 
 from functools import partial
 
@@ -11,12 +11,12 @@ from tests.beside.models import tiny_controlnet
 from tests.helpers import hints, latents, prompt
 from tests.inversion_helpers import ALL, flow, guide, inject, invert, joint, sample, store
 
-STRENGTHS = (1.0, 0.7, 0.0, 0.4, 0.9)  # one a frame
+STRENGTHS = (1.0, 0.7, 0.0, 0.4, 0.9)  # one per frame
 
 
 @pytest.fixture(scope="session")
 def stock(use):
-    """Conditioning and hints -> the conditioning with a ControlNet, as the host's node makes it."""
+    """Conditioning and hints -> the conditioning with the host's ControlNet."""
     return partial(apply, use, "ControlNetApplyAdvanced")
 
 
@@ -35,7 +35,7 @@ def apply(use, node, conditioning, image, **optional):
 
 
 @pytest.mark.parametrize("images", [1, FRAMES])
-def test_hints_as_those_of_a_stock_controlnet(small, nodes, advanced, stock, images):
+def test_feature_injection_with_advanced_hints_matches_a_stock_controlnet(small, nodes, advanced, stock, images):
     guided = guide(nodes, small, latents(FRAMES))
     runs = []
     for controlled in (stock, advanced):
@@ -47,7 +47,7 @@ def test_hints_as_those_of_a_stock_controlnet(small, nodes, advanced, stock, ima
         assert_close(other, one, **CLOSE)
 
 
-def test_tokenflow_with_hints(small, nodes, advanced, stock):
+def test_token_flow_with_advanced_hints_matches_a_stock_controlnet(small, nodes, advanced, stock):
     runs = []
     for controlled in (stock, advanced):
         source, edit = controlled(prompt(1), hints(FRAMES)), controlled(prompt(2), hints(FRAMES, seed=3))
@@ -59,8 +59,10 @@ def test_tokenflow_with_hints(small, nodes, advanced, stock):
 
 @pytest.mark.parametrize("kind", ["stock", "advanced"])
 @pytest.mark.parametrize("images", [1, FRAMES])
-def test_hints_with_windows(small, nodes, advanced, stock, windowed, images, kind):
-    """Of the edit and of the inversion, each frame alone."""
+def test_ddim_inversion_and_sampler_keep_hints_with_their_frames_in_windows(
+    small, nodes, advanced, stock, windowed, images, kind
+):
+    """In the inversion and the edit of independent frames."""
     controlled = stock if kind == "stock" else advanced
     source, edit = controlled(prompt(1), hints(images)), controlled(prompt(2), hints(images, seed=3))
     noise, _ = invert(nodes, small, source, latents(FRAMES), STEPS)
@@ -72,7 +74,9 @@ def test_hints_with_windows(small, nodes, advanced, stock, windowed, images, kin
 
 @pytest.mark.parametrize("kind", ["stock", "advanced"])
 @pytest.mark.parametrize("images", [1, FRAMES])
-def test_hints_of_the_source_with_windows(small, nodes, advanced, stock, windowed, images, kind):
+def test_feature_injection_keeps_hints_of_the_source_with_their_frames_in_windows(
+    small, nodes, advanced, stock, windowed, images, kind
+):
     source = (stock if kind == "stock" else advanced)(prompt(1), hints(images))
     noise, inversion = invert(nodes, small, source, latents(FRAMES), STEPS)
 
@@ -92,7 +96,7 @@ def keyframes(acn):
 
 
 def one_by_one(nodes, small, stock, noise):
-    """The edit where every frame is alone, with a stock ControlNet of its own strength."""
+    """Return the edit of every frame alone, with a stock ControlNet of its own strength."""
     pictures, edits = hints(FRAMES, seed=3), []
     for index, strength in enumerate(STRENGTHS):
         edit = stock(prompt(2), pictures[[index]], strength=strength) if strength else prompt(2)
@@ -100,14 +104,14 @@ def one_by_one(nodes, small, stock, noise):
     return torch.cat(edits)
 
 
-def test_latent_keyframes(small, nodes, acn, advanced, stock):
+def test_ddim_sampler_applies_latent_keyframes(small, nodes, acn, advanced, stock):
     noise, _ = invert(nodes, small, latent=latents(FRAMES), steps=STEPS)
     edit = advanced(prompt(2), hints(FRAMES, seed=3), latent_kf_override=keyframes(acn))
     expected = one_by_one(nodes, small, stock, noise)
     assert_close(sample(nodes, alone(nodes, small), noise, edit), expected, **CLOSE)
 
 
-def test_latent_keyframes_with_windows(small, nodes, acn, advanced, stock, windowed):
+def test_ddim_sampler_applies_latent_keyframes_in_windows(small, nodes, acn, advanced, stock, windowed):
     noise, _ = invert(nodes, small, latent=latents(FRAMES), steps=STEPS)
     edit = advanced(prompt(2), hints(FRAMES, seed=3), latent_kf_override=keyframes(acn))
     model = windowed(small, partial(alone, nodes))
@@ -116,8 +120,8 @@ def test_latent_keyframes_with_windows(small, nodes, acn, advanced, stock, windo
 
 
 @pytest.mark.parametrize("blend", [True, False])
-def test_latent_keyframes_with_tokenflow(small, nodes, acn, advanced, stock, blend):
-    """The same strength for every frame is a stock ControlNet of that strength."""
+def test_token_flow_applies_latent_keyframes(small, nodes, acn, advanced, stock, blend):
+    """Equal strength for every frame equals a stock ControlNet of that strength."""
     (same,) = acn("LatentKeyframeGroup", index_strengths=", ".join(f"{index}=0.7" for index in range(FRAMES)))
     runs = []
     for controlled in (partial(advanced, latent_kf_override=same), partial(stock, strength=0.7)):
@@ -132,12 +136,12 @@ def test_latent_keyframes_with_tokenflow(small, nodes, acn, advanced, stock, ble
 
 
 def until_half(acn):
-    """The ControlNet at full strength in the first half of sampling, and not at all afterwards."""
+    """Return keyframes with full strength in the first half of sampling and none afterwards."""
     (first,) = acn("TimestepKeyframe", start_percent=0.0, strength=1.0)
     return acn("TimestepKeyframe", start_percent=0.5, strength=0.0, prev_timestep_kf=first)[0]
 
 
-def test_timestep_keyframes_of_the_edit(small, nodes, acn, advanced):
+def test_ddim_sampler_applies_timestep_keyframes(small, nodes, acn, advanced):
     guided = joint(nodes, small)
     noise, _ = invert(nodes, guided, latent=latents(FRAMES), steps=STEPS)
     edits = [
@@ -149,8 +153,8 @@ def test_timestep_keyframes_of_the_edit(small, nodes, acn, advanced):
     assert (whole - stopped).abs().max() > 1e-2
 
 
-def test_timestep_keyframes_of_an_inversion(small, nodes, acn, advanced):
-    """Sigma climbs there, and Advanced-ControlNet's keyframes go forward only."""
+def test_ddim_inversion_applies_timestep_keyframes(small, nodes, acn, advanced):
+    """Sigma rises in an inversion, but Advanced-ControlNet's keyframes only move forward."""
     stopped = advanced(prompt(1), hints(FRAMES), end_percent=0.5)
     keyed = advanced(prompt(1), hints(FRAMES), timestep_kf=until_half(acn))
     expected = invert(nodes, small, stopped, latents(FRAMES), STEPS)[0]["samples"]
@@ -158,7 +162,7 @@ def test_timestep_keyframes_of_an_inversion(small, nodes, acn, advanced):
 
 
 @pytest.mark.parametrize("storage", ["recompute", "memory"])
-def test_timestep_keyframes_of_the_source(small, nodes, acn, advanced, storage):
+def test_feature_injection_applies_timestep_keyframes_of_the_source(small, nodes, acn, advanced, storage):
     stopped = advanced(prompt(1), hints(FRAMES), end_percent=0.5)
     keyed = advanced(prompt(1), hints(FRAMES), timestep_kf=until_half(acn))
     noise, inversion = invert(nodes, small, stopped, latents(FRAMES), STEPS)
@@ -171,7 +175,7 @@ def test_timestep_keyframes_of_the_source(small, nodes, acn, advanced, storage):
     assert_close(edit(keyed), edit(stopped), **CLOSE)
 
 
-def test_an_inversion_with_other_keyframes_begins_anew(small, nodes, acn, advanced):
+def test_ddim_inversion_with_other_keyframes_starts_over(small, nodes, acn, advanced):
     import comfy.model_management as management
 
     (weak,) = acn("TimestepKeyframe", start_percent=0.0, strength=0.2)

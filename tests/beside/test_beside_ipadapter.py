@@ -1,4 +1,4 @@
-"""Beside IPAdapter: one image for all frames, one for each frame, and a mask for each frame."""
+"""With IPAdapter: one image for all frames, one for each frame, and a mask for each frame."""
 
 from functools import partial
 
@@ -24,7 +24,7 @@ from tests.inversion_helpers import ask, down, flow, guide, inject, invert, nois
 
 @pytest.fixture
 def model(comfy):
-    """A tiny MODEL in the shape of SD1.5, to be left as it was."""
+    """A tiny MODEL in the shape of SD1.5, which tests must not change."""
     model = tiny("sd15")
     before = state_of(model)
     with torch.inference_mode():
@@ -34,7 +34,7 @@ def model(comfy):
 
 @pytest.fixture(scope="session")
 def prompted(ipa, base, tmp_path_factory):
-    """MODEL and images -> the MODEL with an image prompt; images are those of the node, each one or one a frame."""
+    """MODEL, images by input name -> MODEL with an image prompt; each input has one image or one per frame."""
     name = write_ipadapter(base / "models/ipadapter/ip-adapter_sd15.safetensors").name
     (adapter,) = ipa("IPAdapterModelLoader", ipadapter_file=name)
     wires = {"ipadapter": adapter, "clip_vision": tiny_clip_vision(tmp_path_factory.mktemp("clip_vision"))}
@@ -52,12 +52,12 @@ def pictures(count):
 
 
 def some(images, frames):
-    """The images of some of the frames."""
+    """Return the images of some of the frames."""
     return {name: rows if len(rows) == 1 else rows[frames] for name, rows in images.items()}
 
 
 def each(noise):
-    """The frames of a LATENT, one by one."""
+    """Return the frames of a LATENT, one by one."""
     return [noise | {"samples": frame[None]} for frame in noise["samples"]]
 
 
@@ -69,12 +69,12 @@ KINDS = {
 IMAGES = pytest.mark.parametrize("images", KINDS.values(), ids=KINDS)
 
 
-# --- each frame alone: the clip at once is its frames one by one ---
+# --- independent frames: the clip equals its frames one by one ---
 
 
 @ORDERS
 @IMAGES
-def test_inversion_and_edit(model, nodes, prompted, images, order):
+def test_ddim_inversion_and_sampler_keep_image_prompts_with_their_frames(model, nodes, prompted, images, order):
     clip = arranged(order, model, lambda model: prompted(model, images), partial(alone, nodes))
     noise, _ = invert(nodes, clip, latent=latents(FRAMES), steps=STEPS)
     edit = sample(nodes, clip, noise)
@@ -88,7 +88,7 @@ def test_inversion_and_edit(model, nodes, prompted, images, order):
 
 @pytest.mark.parametrize("batch_size", [2, 3])
 @IMAGES
-def test_diffusion_features_in_batches(model, nodes, prompted, images, batch_size):
+def test_diffusion_features_keep_image_prompts_with_their_frames_in_batches(model, nodes, prompted, images, batch_size):
     def take(model, batch_size):
         return call(nodes["DiffusionFeatures"], model=model, latent=latents(FRAMES), batch_size=batch_size)[0].tokens
 
@@ -99,7 +99,7 @@ def test_diffusion_features_in_batches(model, nodes, prompted, images, batch_siz
 
 @ORDERS
 @IMAGES
-def test_feature_injection(model, nodes, prompted, images, order):
+def test_feature_injection_keeps_image_prompts_with_their_frames(model, nodes, prompted, images, order):
     noise, inversion = invert(nodes, prompted(model, images), latent=latents(FRAMES), steps=STEPS)
     ours = partial(inject, nodes, inversion=inversion)
     edit = sample(nodes, arranged(order, model, lambda model: prompted(model, images), ours), noise)
@@ -108,11 +108,11 @@ def test_feature_injection(model, nodes, prompted, images, order):
         assert_close(edit[[frame]], sample(nodes, lone, each(noise)[frame]), **CLOSE)
 
 
-# --- frames that see one another ---
+# --- joint frames ---
 
 
 @IMAGES
-def test_correspondence_attention_before_and_after(model, nodes, prompted, images):
+def test_correspondence_attention_with_image_prompts_is_independent_of_order(model, nodes, prompted, images):
     after = prompted(guide(nodes, model, latents(FRAMES)), images)
     features, _ = call(nodes["DiffusionFeatures"], model=model, latent=latents(FRAMES))
     (correspondence,) = call(nodes["Correspondence"], features=features, window=3)
@@ -124,8 +124,8 @@ def test_correspondence_attention_before_and_after(model, nodes, prompted, image
 @pytest.mark.parametrize("blend", [True, False])
 @ORDERS
 @IMAGES
-def test_tokenflow(model, nodes, prompted, images, order, blend):
-    """Keyframes run without the other frames, unless the prompt has a row for each frame."""
+def test_token_flow_keeps_image_prompts_with_their_frames(model, nodes, prompted, images, order, blend):
+    """Keyframes run in a pass of their own, unless the prompt has a row for each frame."""
     _, inversion = invert(nodes, prompted(model, images), latent=latents(FRAMES), steps=STEPS)
     ours = partial(flow, nodes, inversion=inversion, blend_keyframes=blend)
     clip = arranged(order, model, lambda model: prompted(model, images), ours)
@@ -138,7 +138,7 @@ def test_tokenflow(model, nodes, prompted, images, order, blend):
 
 
 @IMAGES
-def test_edit_with_windows(model, nodes, prompted, windowed, images):
+def test_correspondence_attention_keeps_image_prompts_in_windows(model, nodes, prompted, windowed, images):
     noise, _ = invert(nodes, prompted(model, images), latent=latents(FRAMES), steps=STEPS)
     for patch in (
         lambda model: prompted(alone(nodes, model), images),
@@ -149,7 +149,7 @@ def test_edit_with_windows(model, nodes, prompted, windowed, images):
 
 
 @IMAGES
-def test_diffusion_features_with_windows(model, nodes, prompted, windowed, images):
+def test_diffusion_features_keep_image_prompts_in_windows(model, nodes, prompted, windowed, images):
     def take(model):
         return call(nodes["DiffusionFeatures"], model=model, latent=latents(FRAMES))[0].tokens
 
@@ -158,7 +158,7 @@ def test_diffusion_features_with_windows(model, nodes, prompted, windowed, image
 
 
 @IMAGES
-def test_feature_injection_with_windows(model, nodes, prompted, windowed, images):
+def test_feature_injection_keeps_image_prompts_in_windows(model, nodes, prompted, windowed, images):
     noise, inversion = invert(nodes, prompted(model, images), latent=latents(FRAMES), steps=STEPS)
 
     def patch(model):
@@ -169,7 +169,7 @@ def test_feature_injection_with_windows(model, nodes, prompted, windowed, images
 
 
 @IMAGES
-def test_tokenflow_with_windows(model, nodes, prompted, windowed, images):
+def test_token_flow_keeps_image_prompts_in_windows(model, nodes, prompted, windowed, images):
     _, inversion = invert(nodes, prompted(model, images), latent=latents(FRAMES), steps=STEPS)
     rows = [[prompt(2)[0][0].expand(3, -1, -1).contiguous(), {}]]
 

@@ -1,4 +1,4 @@
-"""Beside KJNodes: what people put on a MODEL and runs without a GPU, its guider, its batches."""
+"""With KJNodes: MODEL patches that run without a GPU, its guider, its batch nodes."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from tests.inversion_helpers import ALL, flow, guide, inject, invert, sample
 
 FRAMES = 5
 
-# What only watches or plans memory: node -> settings.
+# Nodes that only observe or plan memory -> settings.
 WATCHING = {
     "PathchSageAttentionKJ": {"sage_attention": "disabled"},
     "ModelPatchTorchSettings": {"enable_fp16_accumulation": False},
@@ -19,7 +19,7 @@ WATCHING = {
 
 @pytest.fixture
 def arranged(nodes, small):
-    """The inversion, and the MODEL with Correspondence Attention and Feature Injection around another node."""
+    """Noise, and a function that returns MODELs with our nodes before and after another node."""
     guided = guide(nodes, small, latents(FRAMES))
     noise, inversion = invert(nodes, guided, latent=latents(FRAMES))
 
@@ -32,7 +32,7 @@ def arranged(nodes, small):
 
 
 @pytest.mark.parametrize("node", WATCHING)
-def test_what_only_watches_changes_nothing(small, nodes, kj, arranged, node):
+def test_kjnodes_that_only_watch_do_not_change_edits(small, nodes, kj, arranged, node):
     noise, inserted = arranged
 
     def watched(model):
@@ -44,7 +44,7 @@ def test_what_only_watches_changes_nothing(small, nodes, kj, arranged, node):
     assert torch.equal(watched_noise["samples"], noise["samples"])
 
 
-def test_cfg_zero_star_before_and_after(nodes, kj, arranged):
+def test_cfg_zero_star_changes_edits_independently_of_order(nodes, kj, arranged):
     noise, inserted = arranged
     models = inserted(lambda model: kj("CFGZeroStarAndInit", model=model)[0])
     *injected, flowing = [sample(nodes, model, noise) for model in models]
@@ -53,7 +53,7 @@ def test_cfg_zero_star_before_and_after(nodes, kj, arranged):
     assert not torch.equal(injected[0], plain) and flowing.isfinite().all()
 
 
-def test_scheduled_guidance_is_a_guider_like_any_other(small, nodes, kj):
+def test_ddim_sampler_select_accepts_scheduled_cfg_guidance(small, nodes, kj):
     from comfy_extras.nodes_custom_sampler import DisableNoise, SamplerCustomAdvanced
 
     guided = guide(nodes, small, latents(FRAMES))
@@ -66,7 +66,7 @@ def test_scheduled_guidance_is_a_guider_like_any_other(small, nodes, kj):
     assert torch.equal(edit["samples"], sample(nodes, model, noise))
 
 
-def test_frames_from_a_batch_are_a_clip_before_inversion_and_lose_their_schedule_after_it(small, nodes, kj):
+def test_ddim_inversion_accepts_frames_of_a_batch_and_samplers_refuse_them(small, nodes, kj):
     from nodes import LatentFromBatch
 
     taken = kj("GetLatentRangeFromBatch", latents=latents(FRAMES), start_index=1, num_frames=3)[0]
@@ -78,7 +78,7 @@ def test_frames_from_a_batch_are_a_clip_before_inversion_and_lose_their_schedule
     assert set(part) == {"samples"}
     with refused("DDIM Sampler", "lost their schedule in another node", "Connect the `noise` output"):
         sample(nodes, small, part)
-    # Core's Latent From Batch keeps it. The frames are then noise, but not that of the inversion.
+    # Core's Latent From Batch keeps the schedule; the frames are noise, but not that of the inversion.
     part = run_stock(LatentFromBatch, whole, 1, 3)[0]
     assert sample(nodes, small, part).isfinite().all()
     wrong = "Connect the noise of the same inversion"

@@ -1,4 +1,4 @@
-"""Beside Advanced-ControlNet's Reference ControlNet, which runs the UNet on a reference before it runs on the clip."""
+"""With Advanced-ControlNet's Reference ControlNet, which runs the UNet on a reference before the clip."""
 
 import pytest
 import torch
@@ -12,14 +12,14 @@ FRAMES, STEPS = 3, 3
 
 @pytest.fixture(scope="module")
 def model(comfy):
-    """A tiny MODEL in the shape of SD1.5, not shared: its blocks keep a `forward` of their own afterwards."""
+    """A tiny MODEL in the shape of SD1.5, not shared because its blocks keep a patched `forward`."""
     with torch.inference_mode():
         yield tiny("sd15", seed=1)
 
 
 @pytest.fixture(scope="session")
 def referring(acn):
-    """Conditioning -> the conditioning with a Reference ControlNet."""
+    """Positive, negative, kind -> both conditionings with a Reference ControlNet."""
     import comfy.sd
 
     vae = comfy.sd.VAE(sd={name: weight.clone() for name, weight in vae_weights(0.18215).items()})
@@ -39,8 +39,8 @@ def kind(request):
 
 
 @torch.inference_mode()
-def test_inversion_edit_and_injection_run(model, nodes, referring, kind):
-    """It draws its own noise, unseeded: no two runs are alike."""
+def test_ddim_inversion_sampler_and_injection_run_with_a_reference(model, nodes, referring, kind):
+    """The reference draws unseeded noise, so runs differ."""
     source, _ = referring(prompt(1), prompt(3), kind)
     edits = referring(prompt(2), prompt(3), kind)
     noise, inversion = invert(nodes, model, latent=latents(FRAMES), steps=STEPS)
@@ -52,8 +52,8 @@ def test_inversion_edit_and_injection_run(model, nodes, referring, kind):
 
 
 @torch.inference_mode()
-def test_it_is_refused_by_name_for_a_source_that_runs_beside_the_edit(model, nodes, referring, kind):
-    """Only the prompts of the sampler reach its reference."""
+def test_feature_injection_and_token_flow_refuse_a_reference_of_the_source(model, nodes, referring, kind):
+    """Only the sampler's prompts reach the reference."""
     source, _ = referring(prompt(1), prompt(3), kind)
     noise, inversion = invert(nodes, model, source, latents(FRAMES), STEPS)
     for name, patched in {"Feature Injection": inject, "TokenFlow": flow}.items():
@@ -62,8 +62,8 @@ def test_it_is_refused_by_name_for_a_source_that_runs_beside_the_edit(model, nod
 
 
 @torch.inference_mode()
-def test_store_features_refuses_a_reference_controlnet_by_name(model, nodes, referring, kind):
-    """The first pass through the UNet is the reference's, whose features would be stored."""
+def test_store_features_refuses_a_reference_controlnet(model, nodes, referring, kind):
+    """The first pass of the UNet is the reference's, whose features would be stored."""
     source, _ = referring(prompt(1), prompt(3), kind)
     _, inversion = invert(nodes, model, latent=latents(FRAMES), steps=STEPS)
     for _ in range(2):
@@ -74,11 +74,11 @@ def test_store_features_refuses_a_reference_controlnet_by_name(model, nodes, ref
 
 @pytest.mark.parametrize("used", [False, True])
 @torch.inference_mode()
-def test_it_is_refused_by_name_where_self_attention_is_replaced(model, nodes, referring, kind, used):
-    """It calls self-attention with parts of the batch, and with the reference's tokens among the keys."""
+def test_correspondence_attention_and_token_flow_refuse_a_reference_of_the_edit(model, nodes, referring, kind, used):
+    """The reference calls self-attention with parts of the batch, and adds its tokens to the keys."""
     noise, inversion = invert(nodes, model, latent=latents(FRAMES), steps=STEPS)
     edits = referring(prompt(2), prompt(3), kind)
-    if used:  # as in a second run of a workflow: its hint is then a tensor
+    if used:  # as in a second run of a workflow, when its hint is a tensor
         sample(nodes, model, noise, *edits)
     for name, patched in {
         "Correspondence Attention": guide(nodes, model, latents(FRAMES)),

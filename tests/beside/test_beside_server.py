@@ -1,4 +1,4 @@
-"""Beside all packs that were given, in a real server: the same bits; VideoHelperSuite loads and writes the clip."""
+"""With all packs of `COVE_PACKS` in a real server: bit-identical edits; VideoHelperSuite loads and writes the clip."""
 
 import shutil
 import sys
@@ -17,12 +17,12 @@ from tests.workflow_helpers import SMALL, api_form
 
 RATE, SKIPPED, FRAMES = 12, 3, 5
 WIDTH, HEIGHT = 128, 80
-PITCH = 1000  # Hz of the sound that goes with the frames; of the sound before them, half
+PITCH = 1000  # Hz of the audio of the selected frames; before them, half
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    """A clip of 11 frames with sound, whose pitch changes where the first three frames end."""
+    """A clip of 11 frames with audio whose pitch changes after the first three frames."""
     silent = render_clip(tmp_path_factory.mktemp("clip") / "silent.mp4", 11, WIDTH, HEIGHT, RATE)
     path, rate = silent.with_name("clip.mp4"), 24000
     time = np.arange(11 * rate // RATE) / rate
@@ -42,12 +42,12 @@ def clip(tmp_path_factory):
 
 
 def served(host, models, folders, base, clip):
-    """A server in a base folder of its own, with the random checkpoint, the clip and these packs."""
+    """Return a server in its own base folder, with the random checkpoint, the clip and these packs."""
     lay_out(base)
     shutil.copy(models, base / "models/checkpoints")
     shutil.copy(clip, base / "input")
     install(folders, base)
-    return Server(host, base, "--cpu", python=sys.executable)  # which has what the packs need
+    return Server(host, base, "--cpu", python=sys.executable)  # this Python has the packs' requirements
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def beside(host, base, models, folders, clip, tmp_path_factory):
 
 
 def edit(steps=4):
-    """An edit of a few frames as in the first workflow, whose latents are saved by the nodes `noise` and `edited`."""
+    """Return the first workflow on a few frames, with `noise` and `edited` that save latents, and its node ids."""
     prompt = api_form("1_edit_a_clip")
     for node in prompt.values():
         node["inputs"] |= SMALL.get(node["class_type"], {})
@@ -72,7 +72,7 @@ def edit(steps=4):
     return prompt, ids
 
 
-def test_merely_installed_they_change_nothing(host, base, models, folders, clip, beside, tmp_path):
+def test_server_edits_are_bit_identical_with_other_packs_installed(host, base, models, folders, clip, beside, tmp_path):
     prompt, _ = edit()
     checkpoint = base / "models/checkpoints" / models["sd15"]
     with served(host, checkpoint, {}, tmp_path, clip) as alone:
@@ -83,13 +83,13 @@ def test_merely_installed_they_change_nothing(host, base, models, folders, clip,
         assert torch.equal(one["latent_tensor"], other["latent_tensor"])
 
 
-def test_every_pack_is_there(beside, folders):
-    """Nodes say which folder of `custom_nodes` they come from."""
+def test_server_loads_every_pack(beside, folders):
+    """The server reports the folder of `custom_nodes` of every node."""
     modules = {node["python_module"] for node in beside.object_info().values()}
     assert {f"custom_nodes.{name}" for name in folders} <= modules, beside.log_tail()
 
 
-def test_videohelpersuite_loads_and_writes(beside, folders):
+def test_server_edits_a_clip_loaded_and_saved_by_videohelpersuite(beside, folders):
     if "comfyui-videohelpersuite" not in folders:
         pytest.skip("not run, comfyui-videohelpersuite was not given")
     prompt, ids = edit()

@@ -1,4 +1,4 @@
-"""One thread for every test here: as fast on tensors this small, and many times faster when the machine is busy."""
+"""One thread for every test here: as fast for tensors this small, and much faster on a busy machine."""
 
 import pytest
 import torch

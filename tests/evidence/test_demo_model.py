@@ -1,4 +1,4 @@
-"""Quality of the demo model: samples show what captions say, clips come back, tables inject what `auto` injects."""
+"""Quality of the demo model: samples match captions, clips are reconstructed, tables use the blocks of `auto`."""
 
 import re
 
@@ -20,20 +20,20 @@ from tests.test_host import text_to_image
 
 @pytest.fixture(scope="module")
 def demo(comfy, nodes):
-    """Outputs of Load Demo Model by name."""
+    """The outputs of Load Demo Model by name."""
     with torch.inference_mode():
         loaded = call(nodes["LoadDemoModel"], file="shapes.safetensors")
     return dict(zip(("model", "clip", "vae"), loaded, strict=True))
 
 
-def test_stock_nodes_draw_what_the_caption_says(server):
-    """Shape and ground, their colours, by the classifier, which was trained on drawn pictures only."""
+def test_demo_model_draws_the_caption_in_stock_nodes(server):
+    """Check the colours of shape and ground with the classifier, which was trained on drawn pictures only."""
     scenes = [random_scene(generator(70 + number), most=1) for number in range(6)]
     pictures = []
     for number, scene in enumerate(scenes):
         prompt = text_to_image("", 128, 128)
         prompt["model"] = {"class_type": "CoveLoadDemoModel", "inputs": {"file": "shapes.safetensors"}}
-        # The node for empty latents counts eight pixels a latent, this model has four.
+        # The node for empty latents assumes eight pixels per latent; this model has four.
         prompt["empty"]["inputs"] |= {"width": 256, "height": 256}
         prompt["sample"]["inputs"] |= {"seed": number, "steps": 20, "sampler_name": "ddim", "scheduler": "ddim_uniform"}
         for name, text in (("positive", caption(scene)), ("negative", "")):
@@ -48,7 +48,7 @@ def test_stock_nodes_draw_what_the_caption_says(server):
     assert found["colour"] >= 0.8 and found["ground"] >= 0.8, found
 
 
-def test_blocks_of_tables_are_what_auto_injects(host_module, demo):
+def test_blocks_of_the_tables_match_auto(host_module, demo):
     sites = host_module.injection.sites_of(demo["model"], "auto", "auto")
     assert sites == host_module.injection.sites_of(demo["model"], **BLOCKS)
     assert [str(site) for site in sites if site.kind == "resnet"] == ["resnet.0.0", "resnet.1.0", "resnet.2.0"]
@@ -77,7 +77,7 @@ def encoded(clip, text):
 
 
 @pytest.mark.parametrize("guided", [False, True])
-def test_fifty_steps_with_two_refinements_bring_a_clip_back(nodes, demo, guided):
+def test_demo_model_reconstructs_a_clip_with_fifty_steps_and_two_refinements(nodes, demo, guided):
     clip = Clip(demo_clip().scenes[:3])
     source = clip.draw(128)
     with torch.inference_mode():

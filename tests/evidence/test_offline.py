@@ -1,4 +1,4 @@
-"""What is packed for an offline machine is complete, and a clean Python with torch can use it."""
+"""The archive for an offline machine is complete, and a clean Python with torch can use it."""
 
 import importlib.metadata
 import json
@@ -20,7 +20,7 @@ POSIX = pytest.mark.skipif(os.name == "nt", reason="the offline machine runs Lin
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, host):
-    """Everything but packages, which would be downloaded."""
+    """The packed folder without packages, which would be downloaded."""
     folder = tmp_path_factory.mktemp("offline")
     pack.pack_repository(folder / "pack")
     pack.pack_host(host, folder / "host")
@@ -31,7 +31,7 @@ def folder(tmp_path_factory, host):
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory, folder):
-    """A clean Python that has torch and what it requires, and in `site` what would be downloaded: all as links."""
+    """A clean Python with links to torch and its requirements; `site` links to the packages to download."""
     clean = tmp_path_factory.mktemp("python")
     venv.create(clean, with_pip=False, symlinks=True)
     (own,) = clean.glob("lib/python*/site-packages")
@@ -49,20 +49,20 @@ def link(packages, folder):
                 (folder / top).symlink_to(files.locate_file(top))
 
 
-def test_repository_is_packed_as_it_is(folder):
+def test_pack_repository_copies_tracked_files_unchanged(folder):
     for name in ("__init__.py", "cove/correspondence.py", "demo/shapes.safetensors", "benchmarks/offline/run.py"):
         assert (folder / "pack" / name).read_bytes() == (ROOT / name).read_bytes()
     assert not any((folder / "pack" / name).exists() for name in (".git", ".nox", ".host"))
 
 
-def test_what_is_packed_is_small(folder):
+def test_pack_repository_and_host_are_small(folder):
     sizes = {part: sum(file.lstat().st_size for file in (folder / part).rglob("*")) for part in ("pack", "host")}
     assert sizes["pack"] < 32 << 20 and sizes["host"] < 16 << 20
 
 
 @POSIX
-def test_clean_python_loads_comfyui_and_the_pack_from_the_folder(folder, python):
-    """With only the folder, its packages and torch: no network, no path outside."""
+def test_pack_is_usable_in_a_clean_python(folder, python):
+    """It has only the folder, its packages and torch; no network, no path outside."""
     code = (
         "import sys, json\n"
         "from pathlib import Path\n"
@@ -80,7 +80,7 @@ def test_clean_python_loads_comfyui_and_the_pack_from_the_folder(folder, python)
     assert count > 10 and all(file.startswith(str(folder)) for file in files)
 
 
-def test_missing_leaves_out_what_the_machine_has(host):
+def test_missing_omits_installed_packages(host):
     everything = pack.missing(host, [])
     names = {requirement.partition("==")[0] for requirement in everything}
     assert {"torch", "av", "einops", "transformers", "pytest", "diffusers"} <= names and not names & pack.SKIPPED
@@ -89,7 +89,7 @@ def test_missing_leaves_out_what_the_machine_has(host):
 
 
 @POSIX
-def test_run_stops_a_part_and_its_children_at_the_limit(tmp_path):
+def test_machine_run_stops_a_process_and_its_children_at_the_limit(tmp_path):
     for name in ("host", "site"):
         (tmp_path / name).mkdir()
     machine = run.Machine(tmp_path, tmp_path / "results")
@@ -119,7 +119,7 @@ def test_summary_counts_outcomes_and_names_failures(tmp_path):
     assert "test_some::test_b: AssertionError: not equal" in failures[0] and "gone" in failures[1]
 
 
-def test_run_names_what_is_missing(tmp_path):
+def test_run_names_missing_folders(tmp_path):
     script = Path(run.__file__)
     done = subprocess.run([sys.executable, script, "check", f"--packed={tmp_path}"], capture_output=True, text=True)
     assert done.returncode == 2 and "has no host/ and site/" in done.stderr

@@ -1,4 +1,4 @@
-"""The world of patterns: repeats are exact, captions do not give them away, motion is what the truth says."""
+"""The world of patterns: repeats are exact, captions do not determine them, tracks follow the motion."""
 
 from dataclasses import replace
 
@@ -35,7 +35,7 @@ def patterned(thing):
     return replace(thing, look=replace(thing.look, texture="patterned"))
 
 
-def test_pixels_have_equal_steps_about_the_middle():
+def test_pixels_have_equal_steps_around_the_middle():
     points = pixels(5, 7)
     assert points.shape == (5, 7, 2)
     assert_close(points[2, 3], torch.zeros(2))
@@ -55,7 +55,7 @@ def test_mosaic_shows_its_cells_and_repeats():
     assert_close(found, torch.stack(expected))
 
 
-def test_paved_ground_repeats_exactly():
+def test_draw_repeats_paved_ground_exactly():
     picture = Scene(GROUND, ()).draw(HEIGHT, WIDTH)
     assert_close(picture[:, 7 * PATCH :], picture[:, : -7 * PATCH], rtol=0, atol=2e-4)
     assert_close(picture[..., 11 * PATCH :], picture[..., : -11 * PATCH], rtol=0, atol=2e-4)
@@ -66,8 +66,8 @@ def test_paved_ground_repeats_exactly():
     assert abs(tile_agreement(picture, free, other, free)) < 0.5
 
 
-def test_twins_carry_the_same_motif():
-    """Wherever they lie and whatever their size and angle, but for the softness of edges."""
+def test_motif_of_twins_is_equal():
+    """Motifs are equal for any position, size and angle, except for the softness of edges."""
     twin = replace(THING, x=-0.53, y=0.41, radius=0.31, angle=2.0)
     picture = Scene(replace(GROUND, kind="plain"), (THING, twin)).draw(2 * HEIGHT, 2 * WIDTH)
     one, other = (motif(picture, thing) for thing in (THING, twin))
@@ -77,7 +77,7 @@ def test_twins_carry_the_same_motif():
     assert abs(correlation(motif(picture, THING), motif(picture, stranger))) < 0.5
 
 
-def test_twins_whole_pixels_apart_are_equal():
+def test_draw_of_twins_whole_pixels_apart_is_equal():
     step = 2 / HEIGHT
     twin = replace(THING, x=THING.x - 53 * step, y=THING.y + 31 * step)
     picture = Scene(replace(GROUND, kind="plain"), (THING, twin)).draw(HEIGHT, WIDTH)
@@ -92,11 +92,11 @@ def test_second_colour_at_covers_its_share(texture):
     share = second_colour_at(texture, points, period=0.2, phase=0.4, softness=0.002)
     assert share.mean().item() == pytest.approx({"striped": 0.5, "dotted": 0.229, "checkered": 0.5}[texture], abs=0.02)
     assert_close(second_colour_at(texture, points + 0.4, 0.2, 0.4, 0.002), share, rtol=0, atol=0.1)
-    assert (second_colour_at(texture, points, 0.2, 0.9, 0.002) - share).abs().max() > 0.9  # half a period on
+    assert (second_colour_at(texture, points, 0.2, 0.9, 0.002) - share).abs().max() > 0.9  # shifted by half a period
 
 
 def test_caption_does_not_determine_the_look():
-    """Nothing that the captions leave open shows in them: hue, period, phase and every cell of a pattern."""
+    """The caption is independent of hue, period, phase and the cells of a pattern."""
     for scene in scenes(50):
         open_to_chance = random_look(generator(1), 13.0)
         things = tuple(
@@ -109,7 +109,7 @@ def test_caption_does_not_determine_the_look():
         assert caption(Scene(ground, things)) == caption(scene)
 
 
-def test_caption_of_patterned_scenes_comes_with_many_patterns():
+def test_caption_of_patterned_scenes_goes_with_many_patterns():
     looks = {}
     for scene in scenes(700, most=1):
         look = scene.things[0].look
@@ -119,7 +119,7 @@ def test_caption_of_patterned_scenes_comes_with_many_patterns():
     assert max(map(len, looks.values())) > 2 and len(set(seeds)) == len(seeds)
 
 
-def test_caption_counts_things():
+def test_caption_counts_objects():
     other = replace(THING, shape="cross", look=replace(LOOK, colour="orange", texture="plain"))
     ground = replace(GROUND, colour=FREE)
     assert caption(Scene(ground, (THING, THING, other))) == (
@@ -128,7 +128,7 @@ def test_caption_counts_things():
     assert caption(Scene(ground, (other,) * 3)) == "three orange crosses on a paved tinted ground"
 
 
-def test_random_scene_follows_from_its_generator_and_is_of_every_kind():
+def test_random_scene_is_deterministic_and_covers_every_kind():
     assert scenes(20) == scenes(20)
     assert len(set(scenes(20))) == 20
     found = scenes(400)
@@ -142,7 +142,7 @@ def test_random_scene_follows_from_its_generator_and_is_of_every_kind():
         assert len(scene.things) == 1 or all(thing.look == scene.things[0].look for thing in twins(scene))
 
 
-def test_random_scene_keeps_things_inside_and_cells_larger_than_a_token():
+def test_random_scene_keeps_objects_inside_and_cells_larger_than_a_token():
     for scene in scenes(200):
         for thing in scene.things:
             assert abs(thing.x) < 23 / 17 and abs(thing.y) < 1
@@ -151,7 +151,7 @@ def test_random_scene_keeps_things_inside_and_cells_larger_than_a_token():
             assert 0.8 < size * 17 / 2 / cells < 2.6
 
 
-def test_random_scene_takes_the_period_of_tiles():
+def test_random_scene_uses_the_given_period_of_tiles():
     for scene in scenes(50, height=37, width=41, period=(10, 13)):
         assert all(10 <= round(size * 37 / 2, 3) <= 13 for size in scene.ground.tile_size)
 
@@ -163,7 +163,7 @@ def test_draw_is_within_range_on_any_grid():
         assert picture.dtype == torch.float32 and 0 <= picture.min() and picture.max() <= 1
 
 
-def test_draw_gives_a_named_colour_that_colour_and_a_free_one_any():
+def test_random_look_varies_free_colours_more_than_named_ones():
     paints = {}
     for seed in range(500):
         look = random_look(generator(seed), 10.0)
@@ -177,7 +177,7 @@ def test_draw_gives_a_named_colour_that_colour_and_a_free_one_any():
 
 @pytest.mark.parametrize("motion", MOTIONS)
 def test_tracks_follow_the_pattern(motion):
-    """Drawn finely, a point that is visible has its colour in every frame, on things and on the ground alike."""
+    """In a fine drawing, a visible point keeps its colour in every frame, on objects and on the ground."""
     clip = random_clip(generator(3), 3, motion, height=29, width=37)
     clip = clip.with_things(patterned).with_ground(kind="paved")
     frames = clip.draw(29 * 12, 37 * 12).movedim(-1, 1)
@@ -210,13 +210,13 @@ def test_random_clip_has_tiles_larger_than_the_window():
         assert min(ground.tile_size) * 24 > WINDOW
 
 
-def test_random_clip_follows_from_its_generator_and_refuses_unknown_motions():
+def test_random_clip_is_deterministic_and_refuses_unknown_motions():
     assert random_clip(generator(1), 5) == random_clip(generator(1), 5) != random_clip(generator(2), 5)
     with pytest.raises(ValueError, match="motion must be one of move, scale, rotate, all, got 'jump'"):
         random_clip(generator(), 5, "jump")
 
 
-def test_with_things_and_with_ground_change_nothing_else():
+def test_with_things_and_with_ground_keep_the_motion():
     clip = random_clip(generator(4), 3, "move", 17, 23)
     edited = clip.with_things(patterned).with_ground(kind="paved")
     assert "paved" in caption(edited.scenes[0]) and "patterned" in caption(edited.scenes[0])
@@ -232,7 +232,7 @@ def test_scenes_with_repeats_have_tiles_and_twins():
         assert correlation(one, other) > 0.6
 
 
-def test_correlation_is_about_each_channels_mean():
+def test_correlation_removes_each_channels_mean():
     x = randn(3, 1009)
     assert correlation(x, 2 * x + torch.tensor([[1.0], [2.0], [3.0]])) == pytest.approx(1, abs=1e-5)
     assert abs(correlation(x, randn(3, 1009, seed=1))) < 0.1

@@ -1,4 +1,4 @@
-"""The training on patterns continues where it stopped and starts from an exported file; what the model looks at."""
+"""Training on patterns: resuming, starting from an exported file, and the model's attention."""
 
 import csv
 import os
@@ -30,7 +30,7 @@ TINY = replace(SIZE, autoencoder=16, unet=(32, 96), context=64, autoencoder_batc
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Few latents at hand, and one thread: the last bits of a sum depend on how many share it."""
+    """Use a small pool of latents, and one thread because the number of threads affects the last bits of a sum."""
     monkeypatch.setattr(recipe, "POOL", 16)
     monkeypatch.setattr(recipe, "SCALED_BY", 8)
     monkeypatch.setattr(train, "EVERY", 2)
@@ -53,7 +53,7 @@ def same(one, other):
     return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
 
 
-def test_train_continues_after_sigterm_as_if_it_had_not_stopped(tmp_path, monkeypatch):
+def test_train_resumed_after_sigterm_is_bit_identical(tmp_path, monkeypatch):
     whole = trained(tmp_path / "whole")
     broken = tmp_path / "broken"
 
@@ -96,12 +96,12 @@ def test_train_starts_from_an_exported_file(tmp_path):
         assert same(one, other)
 
 
-def test_trained_so_far_says_what_is_missing(tmp_path):
+def test_trained_so_far_names_the_missing_training(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no training: .* python -m evidence\.patterns\.train"):
         trained_so_far(TINY, tmp_path)
 
 
-def test_world_gives_pictures_with_their_captions():
+def test_world_returns_pictures_with_their_captions():
     picture, words = WORLD.example(7, 40)
     scene = random_scene(generator(7), 10, 10)
     assert words == caption(scene) and torch.equal(picture, scene.draw(40))
@@ -115,15 +115,15 @@ def diffusion():
         return Diffusion(TINY, make_tokenizer(WORDS)).eval().requires_grad_(False)
 
 
-def test_attention_is_that_of_diffusers(diffusion):
+def test_attention_matches_diffusers(diffusion):
     x, t, context = randn(2, 4, 10, 14), torch.tensor([21, 700]), randn(2, LENGTH, 64, seed=1)
     expected = diffusion.unet(x, t, context).sample
     diffusion.unet.set_attn_processor(Attention())
     assert_close(diffusion.unet(x, t, context).sample, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_begin_with_similar_finds_repeats(diffusion):
-    """Tokens that repeat every 5 attend to their repeats more than to all others together; at random they do not."""
+def test_begin_with_similar_attends_to_repeats(diffusion):
+    """Tokens that repeat every 5 attend more to their repeats than to all others together; random weights do not."""
     attention = diffusion.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
     tokens = torch.nn.functional.layer_norm(randn(1, 5, 32), (32,)).repeat(1, 7, 1)
 
@@ -155,7 +155,7 @@ def test_mean_attention_replaces_the_finest_self_attention_and_leaves_no_trace(d
     assert torch.equal(unet(x, t, context).sample, before)
 
 
-def test_probe_gives_the_same_losses_again(diffusion, monkeypatch):
+def test_probe_losses_are_deterministic(diffusion, monkeypatch):
     monkeypatch.setattr(train, "HELD", 11)
     autoencoder = Autoencoder(16).eval().requires_grad_(False)
     probe = Probe(autoencoder, 1.3, 24)
@@ -166,8 +166,8 @@ def test_probe_gives_the_same_losses_again(diffusion, monkeypatch):
     assert probe.loss(exact, 500) == 0
 
 
-def test_invent_returns_what_the_model_knows():
-    """A model that knows the latents returns them, whatever the guidance."""
+def test_invent_returns_the_latents_of_an_exact_model():
+    """A model with exact predictions returns the latents with any guidance."""
     latents = randn(3, 4, 5, 7)
     signal_left = train.alphas()
 

@@ -1,4 +1,4 @@
-"""The world of shapes: pictures show what their captions say, tracks follow what moves."""
+"""The world of shapes: pictures match their captions, tracks follow the motion."""
 
 import math
 from dataclasses import replace
@@ -22,22 +22,21 @@ GROUND = Ground("blue", "cloudy", tilt=1.1, seed=7, x=0.3, y=-0.2, zoom=1.1)
 
 
 @pytest.mark.parametrize("layer", [THING, GROUND], ids=["thing", "ground"])
-def test_outside_undoes_inside(layer):
+def test_outside_is_the_inverse_of_inside(layer):
     points = randn(5, 7, 2)
     assert not torch.allclose(layer.inside(points), points, atol=0.1)
     assert_close(layer.outside(layer.inside(points)), points)
 
 
-def test_a_thing_is_where_it_says_and_turns_clockwise():
+def test_thing_has_its_position_and_turns_clockwise():
     p = torch.tensor([[0.0, -1.0]])  # its top
     assert_close(replace(THING, angle=0.0).outside(p), torch.tensor([[0.13, -0.29 - 0.53]]))
     assert_close(replace(THING, angle=math.pi / 2).outside(p), torch.tensor([[0.13 + 0.53, -0.29]]))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_shapes_fill_their_circle_and_no_more(shape):
-    """Each reaches at least three quarters of its radius, stays inside of it (a square's corners do not quite), and has
-    an area that is its own."""
+def test_shapes_fill_the_unit_circle(shape):
+    """Each reaches three quarters of its radius, stays inside it (except a square's corners), and has its own area."""
     points = pixels(301) * 1.4
     inside = SHAPES[shape](points) < 0
     reach = points.norm(dim=-1)[inside].max()
@@ -58,8 +57,8 @@ def test_shapes_fill_their_circle_and_no_more(shape):
         assert 0.5 < area < 2  # the moon
 
 
-def test_distance_grows_by_one_a_unit_across_the_edge():
-    """So that an edge one pixel soft is one pixel soft."""
+def test_shapes_distance_has_unit_slope_at_the_edge():
+    """Otherwise the softness of an edge would not be in pixels."""
     for shape, distance in SHAPES.items():
         points = pixels(201).double() * 1.1
         points.requires_grad_(True)
@@ -71,13 +70,13 @@ def test_distance_grows_by_one_a_unit_across_the_edge():
 
 
 @pytest.mark.parametrize("colour", COLOURS)
-def test_a_plain_thing_has_its_colour(colour):
+def test_draw_of_a_plain_thing_has_its_colour(colour):
     scene = Scene(Ground("white", "plain", 0.0, 0), (Thing("circle", colour, "plain", 0.0, 0.0, 0.7, 0.0),))
     middle = scene.draw(SIZE)[:, SIZE // 2, SIZE // 2]
     assert_close(middle, torch.tensor(COLOURS[colour]), rtol=0, atol=0.02)
 
 
-def test_every_word_makes_another_picture():
+def test_draw_differs_for_every_word():
     def drawn(thing=THING, ground=GROUND):
         return Scene(ground, (thing,)).draw(31)
 
@@ -93,21 +92,21 @@ def test_every_word_makes_another_picture():
             assert all((one - other).abs().max() > 0.1 for other in pictures[:number])
 
 
-def test_captions():
+def test_caption_lists_objects_and_ground_in_known_words():
     scene = Scene(GROUND, (replace(THING, colour="orange", texture="plain"), THING))
     assert caption(scene) == "a striped red star and an orange star on a cloudy blue ground"
     for seed in range(200):
         assert set(caption(random_scene(generator(seed))).split()) <= set(WORDS)
 
 
-def test_scenes_follow_from_the_seed_and_are_of_every_kind():
+def test_random_scene_is_deterministic_and_covers_every_kind():
     assert random_scene(generator(3)) == random_scene(generator(3)) != random_scene(generator(4))
     things = [thing for seed in range(400) for thing in random_scene(generator(seed)).things]
     assert {thing.shape for thing in things} == set(SHAPES)
     assert {(thing.colour, thing.texture) for thing in things} == {(c, t) for c in COLOURS for t in TEXTURES}
 
 
-def test_ground_and_things_never_share_a_colour():
+def test_random_scene_never_repeats_a_colour():
     for seed in range(200):
         scene = random_scene(generator(seed))
         colours = [scene.ground.colour, *(thing.colour for thing in scene.things)]
@@ -115,15 +114,14 @@ def test_ground_and_things_never_share_a_colour():
 
 
 def looked_up(pictures, places):
-    """Colours of [frames, size, size, 3] at places in pixels, [frames, h, w, 2] -> [frames, h, w, 3]."""
+    """Return the colours of [frames, size, size, 3] at places in pixels, [frames, h, w, 2] -> [frames, h, w, 3]."""
     grid = (places + 0.5) / pictures.shape[1] * 2 - 1
     return F.grid_sample(pictures.movedim(-1, 1), grid, align_corners=False).movedim(1, -1)
 
 
 @pytest.mark.parametrize("motion", MOTIONS)
-def test_what_is_followed_looks_the_same(motion):
-    """Along true tracks colours stay as they are, but for edges, which a lookup blurs; at places that do not move
-    along they change."""
+def test_tracks_keep_the_colour(motion):
+    """Colours are constant along true tracks, except at interpolated edges; at fixed places they change."""
     size, frames = 131, 5
     for seed in range(3):
         clip = random_clip(generator(seed), frames, motion)
@@ -142,8 +140,8 @@ def test_what_is_followed_looks_the_same(motion):
             assert moved.mean() < 0.5 * stayed.mean()
 
 
-def test_what_is_hidden_is_not_visible():
-    """A disc behind a square: hidden where the square is on top; the square hides and is never hidden."""
+def test_tracks_are_invisible_behind_other_objects():
+    """A disc is hidden under the square in front of it; the square is never hidden."""
     behind, before = Thing("circle", "red", "plain", 0, 0, 0.8, 0), Thing("square", "blue", "plain", -0.9, 0, 0.3, 0)
     ground = Ground("white", "plain", 0.0, 0)
     clip = Clip(tuple(Scene(ground, (behind, replace(before, x=x))) for x in (-0.9, 0.1)))
@@ -156,7 +154,7 @@ def test_what_is_hidden_is_not_visible():
     assert (top[1] == 1)[disc].any()
 
 
-def test_points_that_leave_the_picture_are_not_visible():
+def test_tracks_are_invisible_outside_the_picture():
     ground = Ground("white", "tiled", 0.0, 0)
     clip = Clip((Scene(ground, ()), Scene(replace(ground, x=0.5), ())))
     places, visible = clip.tracks(0, 20)
@@ -164,13 +162,13 @@ def test_points_that_leave_the_picture_are_not_visible():
     assert visible[1][:, :15].all() and not visible[1][:, 15:].any()
 
 
-def test_clips_follow_from_the_seed_and_an_unknown_motion_is_refused():
+def test_random_clip_is_deterministic_and_refuses_unknown_motions():
     assert random_clip(generator(1), 5) == random_clip(generator(1), 5) != random_clip(generator(2), 5)
     with pytest.raises(ValueError, match=r"motion must be one of move, scale, .*, got 'jump'"):
         random_clip(generator(), 5, "jump")
 
 
-def test_only_what_the_motion_says_moves():
+def test_random_clip_changes_only_the_parameters_of_its_motion():
     def seen(motion, value):
         return len({value(scene) for scene in random_clip(generator(3), 5, motion).scenes})
 
@@ -183,6 +181,6 @@ def test_only_what_the_motion_says_moves():
         assert seen(motion, lambda scene: len(scene.things)) == 1
 
 
-def test_one_frame():
+def test_random_clip_accepts_one_frame():
     (scene,) = random_clip(generator(), 1, "scale").scenes
     assert len(scene.things) == 1

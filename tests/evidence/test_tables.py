@@ -18,7 +18,7 @@ from evidence.tables.results import rows, spread
 from tests.method_helpers import generator, randn
 
 
-def test_colours_are_matched_by_their_distance():
+def test_colours_match_by_distance():
     small = torch.rand(2, 7, 11, 3, generator=generator())
     one, other = matches.colours(small, 3).flatten(1, 2)
     near, far = matches.patches(small, 3).flatten(1, 2)
@@ -27,10 +27,10 @@ def test_colours_are_matched_by_their_distance():
     assert (distances.gather(1, chosen[:, None])[:, 0] <= 1.02 * distances.amin(1)).all()
 
 
-def test_agreed_matches_lead_back():
-    """By angle: a token at 0 degrees finds 12 before -15, but 12 finds another at 20 before it, and -15 finds it."""
+def test_agreed_keeps_mutual_matches():
+    """By angle: the best match of a token at 0 degrees is 12, whose best match is 20; so it is matched with -15."""
     features = torch.zeros(2, 3, 5, 17)
-    features[:, ..., 2:] = torch.eye(15).unflatten(0, (3, 5))  # every other token is like itself alone
+    features[:, ..., 2:] = torch.eye(15).unflatten(0, (3, 5))  # every other token is similar only to itself
     for frame, token, degrees in ((0, (1, 1), 0), (0, (1, 2), 20), (1, (1, 2), 12), (1, (1, 3), -15)):
         angle = torch.deg2rad(torch.tensor(float(degrees)))
         features[(frame, *token)] = torch.cat((angle.cos()[None], angle.sin()[None], torch.zeros(15)))
@@ -41,8 +41,8 @@ def test_agreed_matches_lead_back():
     assert found.forward[0, 0, 0] == 0 and found.backward[0, 14, 0] == 14
 
 
-def test_upper_bounds_are_right_up_to_rounding():
-    """Rounded once, no visible point is off by more than half the diagonal of a token; link by link it may be."""
+def test_upper_bounds_are_exact_up_to_rounding():
+    """Rounded once, a visible point is off by at most half the diagonal of a token; link by link by more."""
     size = 29
     for seed, motion in enumerate(MOTIONS):
         clip = random_clip(generator(seed), 5, motion)
@@ -90,7 +90,7 @@ def test_score_prefers_the_target(monkeypatch):
     assert clean["edited"] == clean["kept"] == 1
     assert clean["PSNR"] > 60 and abs(worse["PSNR"] - 26) < 0.2 and other["PSNR"] < 30
     assert clean["drift"] < worse["drift"] and clean["warping error"] < worse["warping error"]
-    # Measured on the thing alone, along its own motion.
+    # Measured on the object only, along its own motion.
     places, visible = clip.tracks(2, 16)
     thing = clip.scenes[2].on_top(pixels(16)) >= 0
     assert worse["drift"] == colour_drift(noisy, places, visible & thing)
@@ -101,7 +101,7 @@ def test_score_prefers_the_target(monkeypatch):
 
 
 def test_edits_compared_compares_clip_by_clip(monkeypatch):
-    """A method that is better by the same amount on each clip has no spread, however the clips differ."""
+    """A method that is better by the same amount on each clip has no spread, even if clips differ."""
     plain = {(0, 0): 1.0, (0, 1): 5.0, (1, 0): 30.0}
     found = {name: plain for name in ("source", "target", "spatial-temporal attention")}
     found["COVE, K = 3"] = {key: value + 0.5 for key, value in plain.items()}
@@ -126,7 +126,7 @@ def test_edits_compared_compares_clip_by_clip(monkeypatch):
 
 
 def test_attention_cost_compares_run_by_run(monkeypatch, tmp_path):
-    """A method that takes a tenth longer in each run takes a tenth longer, however much the machine drifts."""
+    """A method that takes a tenth longer in each run takes a tenth longer, even if the machine drifts."""
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     records = results.Records(tmp_path / "attention_cost.jsonl")
     for frames, factor in ((9, 1.1), (5, 7.0)):  # the second: another size
@@ -141,7 +141,7 @@ def test_attention_cost_compares_run_by_run(monkeypatch, tmp_path):
     assert guided == "| guided | 165 ± 78 | 10 ± 0 % | 1.1 ± 0.0 GiB | 1.10 ± 0.00 |"
 
 
-def test_records_of_another_model_do_not_count(monkeypatch, tmp_path):
+def test_records_ignore_another_model(monkeypatch, tmp_path):
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     monkeypatch.setattr(results, "digest_of", lambda: "new")
     records = results.Records(tmp_path / "samples.jsonl")
@@ -151,7 +151,7 @@ def test_records_of_another_model_do_not_count(monkeypatch, tmp_path):
     assert [measured["value"] for _, measured in results.records("samples")] == [2, 3]
 
 
-def test_records_continue_after_an_interrupted_write(tmp_path):
+def test_records_survive_an_interrupted_write(tmp_path):
     path = tmp_path / "folder" / "some.jsonl"
     records = Records(path)
     records.add({"seed": 0, "method": "a"}, {"value": 1.5})

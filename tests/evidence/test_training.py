@@ -1,4 +1,4 @@
-"""The recipe, on shapes: reproducible, continues where it stopped, and ComfyUI loads the same networks."""
+"""The training recipe, on shapes: reproducible, resumable, and ComfyUI loads the trained networks."""
 
 import sys
 from dataclasses import replace
@@ -20,7 +20,7 @@ from tests.method_helpers import generator, randn
 CAPTION = "a dotted yellow ring and a black cross on a tiled purple ground"
 STEPS = 4
 CPU = torch.device("cpu")
-# The topology is that of the real one; the numbers are small and none is another's.
+# The topology of the real model, with small sizes that all differ.
 STAGES = (
     Stage(24, batch=7, fresh=32, steps=1, rate=1e-3, fall=0.5, focus=(500, 1000)),
     Stage(40, batch=3, fresh=16, steps=STEPS - 1, rate=7e-4, fall=1.0, focus=(300, 700)),
@@ -35,7 +35,7 @@ def small(monkeypatch):
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """The last bits of a sum depend on how many share it."""
+    """Use one thread because the number of threads affects the last bits of a sum."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -43,7 +43,7 @@ def one_thread():
 
 
 def trained(folder, size=TINY):
-    """The two networks after their last step, and the latents' scale."""
+    """Train both networks; return them and the latents' scale."""
     folder.mkdir(exist_ok=True)
     autoencoder = recipe.train_autoencoder(size, WORLD, folder, CPU)
     return autoencoder, *recipe.train_diffusion(size, WORLD, autoencoder, folder, CPU)
@@ -51,7 +51,7 @@ def trained(folder, size=TINY):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A file as `training` writes it, of networks that were trained for a few steps, and these networks."""
+    """An exported file of briefly trained networks, these networks, the scale and pictures."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recipe, "POOL", 64)
         autoencoder, diffusion, scale = trained(tmp_path_factory.mktemp("training"))
@@ -68,7 +68,7 @@ def weights(*networks):
     return [parameter for network in networks for parameter in network.parameters()]
 
 
-def test_a_stopped_training_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
+def test_train_autoencoder_and_diffusion_resumed_are_bit_identical(tmp_path, monkeypatch):
     whole = trained(tmp_path / "whole")
     again = trained(tmp_path / "again")
     assert all(map(torch.equal, weights(*whole[:2]), weights(*again[:2]))), "the seed does not decide everything"
@@ -97,8 +97,8 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch)
     assert whole[2] == piecewise[2]
 
 
-def test_the_unet_sees_latents_of_unit_variance(tmp_path, monkeypatch):
-    """At every timestep, as the noise has it: the variance of what is left of both adds up to 1."""
+def test_train_diffusion_feeds_latents_of_unit_variance(tmp_path, monkeypatch):
+    """The variances of scaled latents and scaled noise add up to 1 at every timestep."""
     seen = []
 
     class Watched(recipe.Diffusion):
@@ -111,7 +111,7 @@ def test_the_unet_sees_latents_of_unit_variance(tmp_path, monkeypatch):
     assert torch.cat(seen).std().item() == pytest.approx(1, abs=0.1)
 
 
-def test_stages_follow_one_another(tmp_path, monkeypatch):
+def test_train_diffusion_runs_the_stages_in_order(tmp_path, monkeypatch):
     seen, starts = [], []
 
     class Noted(recipe.Pool):
@@ -127,7 +127,7 @@ def test_stages_follow_one_another(tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "Diffusion", Watched)
     monkeypatch.setattr(recipe, "Pool", Noted)
     trained(tmp_path)
-    assert starts == [0, STAGES[0].steps * STAGES[0].fresh]  # no stage begins with scenes that another has seen
+    assert starts == [0, STAGES[0].steps * STAGES[0].fresh]  # no stage begins with scenes of another
     assert seen == [(7, 4, 6, 6), *[(3, 4, 10, 10)] * (STEPS - 1)]
     assert [recipe.stage_at(STAGES, step) for step in range(STEPS)] == [
         (0, 0),
@@ -137,7 +137,7 @@ def test_stages_follow_one_another(tmp_path, monkeypatch):
         recipe.stage_at(STAGES, STEPS)
 
 
-def test_every_step_of_a_stage_sees_new_pictures():
+def test_pool_move_adds_new_pictures_at_every_step():
     autoencoder = Autoencoder(8)
     pool, later = (recipe.Pool(STAGES[1], WORLD, autoencoder, start) for start in (0, 3 * 16))
     for _ in range(3):
@@ -147,14 +147,14 @@ def test_every_step_of_a_stage_sees_new_pictures():
     assert set(pool.captions) == {caption(scene(number)) for number in range(48, 112)}
 
 
-def test_noise_has_a_mean_of_its_own():
+def test_draw_noise_has_a_random_mean():
     noise = recipe.draw_noise((500, 4, 10, 10), generator(1))
     assert noise.std().item() == pytest.approx((1 + recipe.OFFSET**2) ** 0.5, abs=0.01)
     assert noise.mean((2, 3)).std().item() == pytest.approx((1 / 100 + recipe.OFFSET**2) ** 0.5, rel=0.05)
     assert (noise - noise.mean((2, 3), keepdim=True)).std().item() == pytest.approx(1, abs=0.01)
 
 
-def test_half_of_the_timesteps_are_where_the_focus_is():
+def test_draw_timesteps_draws_half_from_the_focus():
     timesteps = recipe.draw_timesteps(40_000, (300, 700), generator(1))
     inside = (timesteps >= 300) & (timesteps < 700)
     assert inside.float().mean().item() == pytest.approx((1 + 0.4) / 2, abs=0.01)
@@ -162,7 +162,7 @@ def test_half_of_the_timesteps_are_where_the_focus_is():
     assert (timesteps < 100).float().mean().item() == pytest.approx(0.05, abs=0.005)
 
 
-def test_learning_rates_warm_up_and_fall():
+def test_falling_warms_up_and_decreases():
     rates = [recipe.falling(2e-3, 1000, step, 0.5) for step in range(1000)]
     assert rates[0] == 2e-3 / 100 and rates[99] == rates[100] == 2e-3 == max(rates)
     assert all(one > other for one, other in zip(rates[100:-1], rates[101:], strict=True))
@@ -170,7 +170,7 @@ def test_learning_rates_warm_up_and_fall():
     assert 0 < recipe.falling(2e-3, 1000, 999) < 1e-7
 
 
-def test_every_stage_has_its_own_learning_rate(tmp_path, monkeypatch):
+def test_train_diffusion_uses_the_learning_rate_of_each_stage(tmp_path, monkeypatch):
     seen = []
 
     class Watched(torch.optim.AdamW):
@@ -185,19 +185,19 @@ def test_every_stage_has_its_own_learning_rate(tmp_path, monkeypatch):
     assert rest[0] == 7e-4
 
 
-def test_the_loss_counts_the_error_of_the_picture_within_bounds():
-    """Error of the noise times its weight = error of the picture times the ratio, kept between 0.05 and 5."""
+def test_loss_weight_is_the_clamped_picture_error():
+    """Weight times the error of the noise = the error of the picture times a ratio clamped to 0.05..5."""
     left = torch.tensor([0.99, 0.75, 0.5, 0.01])
     expected = torch.tensor([5 / 99, 1.0, 1.0, 0.05 * 99])
     assert_close(recipe.loss_weight(left), expected)
 
 
 @pytest.mark.parametrize("size", [SIZE, evidence.patterns.train.SIZE], ids=["shapes", "patterns"])
-def test_comfyui_can_read_the_channels(size):
+def test_size_channels_are_readable_by_comfyui(size):
     assert all(channels % size.unet[0] == 0 for channels in size.unet) and size.unet[0] % 64 == 0
 
 
-def test_captions_become_tokens():
+def test_tokens_of_encodes_captions():
     tokenizer = make_tokenizer(WORDS)
     tokens = tokens_of(tokenizer, [CAPTION, "", "A RED, star! on-a houseboat", "star " * 30])
     assert tokens.shape == (4, LENGTH)
@@ -210,14 +210,14 @@ def test_captions_become_tokens():
     assert tokens[2].tolist() == expected + [end] * (LENGTH - len(expected))
 
 
-def test_the_longest_caption_fits_with_the_words_that_are_added():
+def test_caption_of_maximal_length_fits_the_tokenizer():
     longest = "a checkered orange triangle and a checkered orange triangle on a cloudy orange ground"
     most = max(len(caption(scene(number)).split()) for number in range(500))
     assert most == len(longest.split())
     assert most + 3 + 2 <= LENGTH
 
 
-def test_roughened_captions_are_what_a_user_might_write():
+def test_roughen_drops_words_like_a_user():
     chance = generator(2)
     rough = [roughen(CAPTION, chance) for _ in range(2000)]
     assert sum(one == "" for one in rough) == pytest.approx(200, abs=50)
@@ -227,8 +227,8 @@ def test_roughened_captions_are_what_a_user_might_write():
     assert known == {"", CAPTION, CAPTION[: CAPTION.index(" on ")]}
 
 
-def test_a_finished_training_only_writes_its_file(finished, tmp_path, monkeypatch):
-    """The command again, on a folder where all is done, takes no step."""
+def test_train_diffusion_takes_no_step_when_finished(finished, tmp_path, monkeypatch):
+    """Running the command again on a finished folder takes no step."""
     trained(tmp_path)
     monkeypatch.setattr(recipe.Run, "generators", lambda run: iter(range(run.done, run.steps)))
     monkeypatch.setattr(recipe, "Pool", None)
@@ -244,7 +244,7 @@ def loaded(finished, nodes):
         yield module.load_demo(finished[0])
 
 
-def test_comfyui_reads_captions_as_they_were_trained(finished, loaded):
+def test_load_demo_text_encoder_matches_training(finished, loaded):
     text, clip = finished[2].text, loaded[1]
     with torch.no_grad():
         expected = text(tokens_of(make_tokenizer(WORDS), [CAPTION])).last_hidden_state
@@ -252,7 +252,7 @@ def test_comfyui_reads_captions_as_they_were_trained(finished, loaded):
     assert_close(found, expected)
 
 
-def test_comfyuis_unet_is_the_trained_one(finished, loaded):
+def test_load_demo_unet_matches_training(finished, loaded):
     unet, model = finished[2].unet, loaded[0].model
     x, context = randn(2, 4, 10, 10), randn(2, LENGTH, TINY.context, seed=1)
     timesteps = torch.tensor([21, 700])
@@ -263,13 +263,13 @@ def test_comfyuis_unet_is_the_trained_one(finished, loaded):
     assert_close(found, expected)
 
 
-def test_comfyui_adds_noise_as_training_does(loaded):
+def test_load_demo_sigmas_match_training(loaded):
     sampling = loaded[0].model.model_sampling
     signal = recipe.alphas()
     assert_close(sampling.sigmas.float().cpu(), ((1 - signal) / signal).sqrt(), rtol=1e-4, atol=1e-5)
 
 
-def test_comfyuis_autoencoder_is_the_trained_one(finished, loaded):
+def test_load_demo_autoencoder_matches_training(finished, loaded):
     _, autoencoder, _, scale, pictures = finished
     vae, model = loaded[2], loaded[0].model
     found = vae.encode(pictures.permute(0, 2, 3, 1))
@@ -282,8 +282,8 @@ def test_comfyuis_autoencoder_is_the_trained_one(finished, loaded):
     assert_close(model.process_latent_in(expected), expected * scale)
 
 
-def test_previews_show_the_pictures_colours(finished, loaded):
-    """As well as a linear map of four latents can, and in the right order of channels."""
+def test_load_demo_previews_show_the_colours(finished, loaded):
+    """Within the limits of a linear map of four latent channels, and in RGB order."""
     _, autoencoder, _, scale, pictures = finished
     latents, form = encode(autoencoder, pictures) * scale, loaded[0].model.latent_format
     seen = torch.einsum("nchw,cr->nrhw", latents, torch.tensor(form.latent_rgb_factors))
