@@ -30,12 +30,13 @@ sys.path.insert(0, str(ROOT))
 from scripts.host import is_host, own_python, version_of  # noqa: E402
 
 nox.needs_version = ">=2024.4.15"
-nox.options.sessions = ["check", "tests", "evidence_tests"]
+nox.options.sessions = ["check", "tests", "compatibility_tests", "evidence_tests"]
 nox.options.reuse_existing_virtualenvs = True
 
 # The newest three that go together, and one thing ComfyUI imports and does not list.
 TORCH = ["torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0", "requests"]
-EVIDENCE_TESTS = "tests/evidence"
+COMPATIBILITY_TESTS = ["tests/compatibility", "tests/workflows"]
+EVIDENCE_TESTS = ["tests/evidence"]
 WORLDS = ["shapes", "patterns"]
 TEST = nox.project.load_toml(ROOT / "pyproject.toml")["project"]["optional-dependencies"]["test"]
 
@@ -54,7 +55,17 @@ def tests(session: nox.Session) -> None:
     comfy = Environment(session)
     host = comfy.provide_host()
     comfy.install(host)
-    comfy.test(host, f"--ignore={EVIDENCE_TESTS}", *session.posargs)
+    others = [f"--ignore={folder}" for folder in COMPATIBILITY_TESTS + EVIDENCE_TESTS]
+    comfy.test(host, *others, *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def compatibility_tests(session: nox.Session) -> None:
+    """The tests with other models, samplings and nodes, and the workflows in a server and in the real page."""
+    comfy = Environment(session)
+    host = comfy.provide_host()
+    comfy.install(host)
+    comfy.test(host, *(session.posargs or COMPATIBILITY_TESTS))
 
 
 @nox.session(venv_backend="none")
@@ -63,7 +74,7 @@ def evidence_tests(session: nox.Session) -> None:
     comfy = Environment(session)
     host = comfy.provide_host()
     comfy.install(host)
-    comfy.test(host, *(session.posargs or [EVIDENCE_TESTS]))
+    comfy.test(host, *(session.posargs or EVIDENCE_TESTS))
 
 
 @nox.session(venv_backend="none")

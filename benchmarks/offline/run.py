@@ -105,7 +105,7 @@ def check(machine: Machine, seconds: float, arguments: argparse.Namespace) -> No
 def tests(machine: Machine, seconds: float, arguments: argparse.Namespace) -> None:
     # Neither a browser nor a git repository is packed.
     git = "tests/test_wall.py::test_comfyignore_keeps_everything_the_nodes_use"
-    machine.pytest("tests", seconds, "tests", "--ignore=tests/test_browser.py", f"--deselect={git}")
+    machine.pytest("tests", seconds, "tests", "--ignore=tests/workflows/test_browser.py", f"--deselect={git}")
 
 
 def host_tests(machine: Machine, seconds: float, arguments: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from scripts.clip import render_clip
 from scripts.host import Server, lay_out
 from tests.beside.packs import install
-from tests.workflow_helpers import SMALL, api_form
+from tests.workflows.helpers import SMALL, api_form
 
 RATE, SKIPPED, FRAMES = 12, 3, 5
 WIDTH, HEIGHT = 128, 80

@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-from tests.helpers import call, hints, latents, predict, prompt, refused
-from tests.inversion_helpers import ALL, answer_at, flow, inject, invert, sample, store
-from tests.per_frame_helpers import (
+from tests.compatibility.per_frame_helpers import (
     LONG,
     alone,
     anchored,
@@ -14,6 +12,8 @@ from tests.per_frame_helpers import (
     masked,
     rows,
 )
+from tests.helpers import call, hints, latents, predict, prompt, refused
+from tests.inversion_helpers import ALL, answer_at, flow, inject, invert, sample, store
 
 WRONG = {
     "prompt": (lambda: rows(1, 2), ("the prompt has 2 rows for 3 frames", "one for each frame")),

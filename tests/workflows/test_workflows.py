@@ -17,7 +17,7 @@ from cove.frames import read_frames
 from evidence.shapes.classifier import QUESTIONS, answers, load_classifier
 from evidence.shapes.clips import demo_clip
 from scripts.host import PACK
-from tests.workflow_helpers import (
+from tests.workflows.helpers import (
     BLUEPRINT,
     FILES,
     FPS,

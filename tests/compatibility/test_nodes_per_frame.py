@@ -8,9 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.helpers import call, latents, predict, prompt
-from tests.inversion_helpers import ALL, answer_at, flow, guide, inject, invert, sample, tiny
-from tests.per_frame_helpers import (
+from tests.compatibility.per_frame_helpers import (
     CUTS,
     LONG,
     AnchoredWindows,
@@ -24,6 +22,8 @@ from tests.per_frame_helpers import (
     masked,
     rows,
 )
+from tests.helpers import call, latents, predict, prompt
+from tests.inversion_helpers import ALL, answer_at, flow, guide, inject, invert, sample, tiny
 
 STEPS = LONG - 1  # core's windows (0.3.75) compare sigmas with frames one by one
 

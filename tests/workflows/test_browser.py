@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from tests.workflow_helpers import (
+from tests.workflows.helpers import (
     BLUEPRINT,
     FILES,
     NAMES,
