@@ -3,6 +3,7 @@
 nox -s edit -- [--clip FILE] [--checkpoint FILE] [--prompt TEXT] ...   edit a clip in a real ComfyUI
 nox -s measure -- SOURCE EDITED [--plot FILE]                          measure an edited clip against its source
 nox -s tests [-- pytest's arguments]                                   run the tests in a real ComfyUI
+nox -s compatibility_tests [-- pytest's arguments]                     run those with other models, nodes, workflows
 nox -s evidence_tests [-- pytest's arguments]                          run the tests of evidence/ and benchmarks/
 nox -s packs -- FOLDER [FOLDER ...]                                    run it beside other packs, from their folders
 nox -s hosts -- FOLDER [FOLDER ...]                                    run all tests in each of these ComfyUIs
