@@ -4,7 +4,6 @@ import gc
 
 import pytest
 import torch
-from safetensors import SafetensorError
 
 from tests.helpers import call, hints, latents, prompt, refused, run_stock, set_free_memory
 from tests.inversion_helpers import (
@@ -20,6 +19,7 @@ from tests.inversion_helpers import (
     store,
     watched,
 )
+from tests.method_helpers import full_disk
 
 
 def run_fingerprint(host_module, model, conditioning=None):
@@ -74,13 +74,9 @@ def test_run_fingerprint_includes_the_type_of_a_union_controlnet(small, host_mod
     assert run_fingerprint(host_module, small, conditioning) != one
 
 
-def no_room(tensors, path, metadata=None):
-    raise SafetensorError("Error while serializing: I/O error: No space left on device")
-
-
 def test_ddim_inversion_completes_on_a_full_disk(small, nodes, pack, monkeypatch, caplog):
     noise, whole = invert(nodes, small)
-    monkeypatch.setattr(f"{pack.__name__}.cove.files.save_file", no_room)
+    monkeypatch.setattr(f"{pack.__name__}.cove.files.save_file", full_disk)
     again, inversion = invert(nodes, small)
     assert torch.equal(again["samples"], noise["samples"]) and same(inversion, whole)
     assert "could not be kept for resuming" in caplog.text
@@ -90,7 +86,7 @@ def test_save_nodes_report_a_full_disk(small, nodes, pack, monkeypatch):
     _, whole = invert(nodes, small)
     features, _ = call(nodes["DiffusionFeatures"], model=small, latent=latents())
     (correspondence,) = call(nodes["Correspondence"], features=features, window=3)
-    monkeypatch.setattr(f"{pack.__name__}.cove.files.save_file", no_room)
+    monkeypatch.setattr(f"{pack.__name__}.cove.files.save_file", full_disk)
     for name, run in {
         "Store Features": lambda: store(nodes, small, whole, storage="disk"),
         "Save Inversion": lambda: call(nodes["SaveInversion"], inversion=whole),
