@@ -53,7 +53,7 @@ class CorrespondenceAttention(io.ComfyNode):
                     tooltip="Include the token itself in its matches, as FLATTEN does: it keeps more of its own value. "
                     "The paper leaves it out.",
                 ),
-                host.types.Correspondence.Input(
+                host.wires.Correspondence.Input(
                     "correspondence",
                     optional=True,
                     tooltip="From Correspondence, of the same frames at the same size. Without it, only the "

@@ -25,7 +25,7 @@ class FindCorrespondence(io.ComfyNode):
             description="Finds the most similar tokens of every token in the frames before and after, within a sliding "
             "window. Needed once per clip: edits with other prompts use the same correspondence.",
             inputs=[
-                host.types.Features.Input("features", tooltip="From Diffusion Features."),
+                host.wires.Features.Input("features", tooltip="From Diffusion Features."),
                 io.Int.Input(
                     "window",
                     default=9,
@@ -52,7 +52,7 @@ class FindCorrespondence(io.ComfyNode):
                     "frame only, as in the paper.",
                 ),
             ],
-            outputs=[host.types.Correspondence.Output(display_name="correspondence")],
+            outputs=[host.wires.Correspondence.Output(display_name="correspondence")],
         )
 
     @classmethod
@@ -79,7 +79,7 @@ class SaveCorrespondence(io.ComfyNode):
             category="COVE/load",
             description="Saves a correspondence to ComfyUI's output folder.",
             inputs=[
-                host.types.Correspondence.Input("correspondence", tooltip="From Correspondence."),
+                host.wires.Correspondence.Input("correspondence", tooltip="From Correspondence."),
                 host.files.prefix_input("Load Correspondence"),
             ],
             hidden=[io.Hidden.unique_id],
@@ -105,7 +105,7 @@ class LoadCorrespondence(io.ComfyNode):
             description="Loads a file of Save Correspondence, instead of running Diffusion Features and Correspondence "
             "again.",
             inputs=[host.files.saved_input(ENDING, "correspondence")],
-            outputs=[host.types.Correspondence.Output(display_name="correspondence")],
+            outputs=[host.wires.Correspondence.Output(display_name="correspondence")],
         )
 
     @classmethod

@@ -56,7 +56,7 @@ class DDIMInversion(io.ComfyNode):
             ],
             outputs=[
                 io.Latent.Output(display_name="noise"),
-                host.types.Inversion.Output(
+                host.wires.Inversion.Output(
                     display_name="inversion", tooltip="For Feature Injection, TokenFlow and Save Inversion."
                 ),
             ],

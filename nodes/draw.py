@@ -23,7 +23,7 @@ class ShowCorrespondence(io.ComfyNode):
             ),
             inputs=[
                 io.Image.Input("images", tooltip="The frames of the correspondence. More pixels give a finer drawing."),
-                host.types.Correspondence.Input("correspondence", tooltip="A larger k draws more discs per point."),
+                host.wires.Correspondence.Input("correspondence", tooltip="A larger k draws more discs per point."),
                 io.String.Input(
                     "points",
                     default="",

@@ -114,7 +114,7 @@ class DiffusionFeatures(io.ComfyNode):
                 ),
             ],
             outputs=[
-                host.types.Features.Output(display_name="features"),
+                host.wires.Features.Output(display_name="features"),
                 io.Image.Output(
                     display_name="picture",
                     tooltip="Principal components as RGB; similar colours mean similar features.",

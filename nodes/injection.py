@@ -37,7 +37,7 @@ class FeatureInjection(io.ComfyNode):
                 io.Model.Input(
                     "model", tooltip="The patched model of DDIM Inversion. Use the result for sampling only."
                 ),
-                host.types.Inversion.Input("inversion", tooltip="From DDIM Inversion or Load Inversion."),
+                host.wires.Inversion.Input("inversion", tooltip="From DDIM Inversion or Load Inversion."),
                 _share("resnet_share", SHARE_TOOLTIP.format("shapes and positions")),
                 _share("attention_share", SHARE_TOOLTIP.format("layout")),
                 io.String.Input(
@@ -85,7 +85,7 @@ class StoreFeatures(io.ComfyNode):
             "clip without running the source beside each edit. The node shows their size before it runs.",
             inputs=[
                 io.Model.Input("model", tooltip="The patched model of DDIM Inversion."),
-                host.types.Inversion.Input("inversion", tooltip="From DDIM Inversion or Load Inversion."),
+                host.wires.Inversion.Input("inversion", tooltip="From DDIM Inversion or Load Inversion."),
                 _share(
                     "share",
                     "Share of the sampling steps whose features are stored, from the first one on: the larger share of "
@@ -100,7 +100,7 @@ class StoreFeatures(io.ComfyNode):
                 ),
                 io.Conditioning.Input("conditioning", optional=True, tooltip=CONDITIONING_TOOLTIP.format("")),
             ],
-            outputs=[host.types.Inversion.Output(display_name="inversion", tooltip="With features.")],
+            outputs=[host.wires.Inversion.Output(display_name="inversion", tooltip="With features.")],
             hidden=[io.Hidden.unique_id],
         )
 

@@ -21,7 +21,7 @@ class SaveInversion(io.ComfyNode):
             category="COVE/load",
             description="Saves an inversion to ComfyUI's output folder, so that the clip need not be inverted again.",
             inputs=[
-                host.types.Inversion.Input("inversion", tooltip="From DDIM Inversion."),
+                host.wires.Inversion.Input("inversion", tooltip="From DDIM Inversion."),
                 host.files.prefix_input("Load Inversion"),
             ],
             hidden=[io.Hidden.unique_id],
@@ -54,7 +54,7 @@ class LoadInversion(io.ComfyNode):
                     tooltip="The clip's frames from VAE Encode. If connected, the node checks that they were inverted.",
                 ),
             ],
-            outputs=[io.Latent.Output(display_name="noise"), host.types.Inversion.Output(display_name="inversion")],
+            outputs=[io.Latent.Output(display_name="noise"), host.wires.Inversion.Output(display_name="inversion")],
             hidden=[io.Hidden.unique_id],
         )
 

@@ -36,7 +36,7 @@ class ReconstructionCheck(io.ComfyNode):
                     tooltip="The source after VAE Encode and VAE Decode. If connected, losses of the VAE are shown "
                     "separately from those of the inversion.",
                 ),
-                host.types.Inversion.Input(
+                host.wires.Inversion.Input(
                     "inversion",
                     optional=True,
                     tooltip="From DDIM Inversion. If connected, the advice takes its settings into account.",

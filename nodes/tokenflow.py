@@ -24,7 +24,7 @@ class TokenFlow(io.ComfyNode):
                     tooltip="The model of DDIM Inversion; with Feature Injection, it keeps the source's layout. Use "
                     "the result for sampling only.",
                 ),
-                host.types.Inversion.Input("inversion", tooltip="From DDIM Inversion or Load Inversion."),
+                host.wires.Inversion.Input("inversion", tooltip="From DDIM Inversion or Load Inversion."),
                 io.Int.Input(
                     "every",
                     default=8,

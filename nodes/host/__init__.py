@@ -17,6 +17,6 @@ from . import (  # noqa: F401
     status,
     storage,
     tokenflow,
-    types,
     unet,
+    wires,
 )
