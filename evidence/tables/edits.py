@@ -130,6 +130,7 @@ class Editor:
             conditioning=source,
             latent=latent,
             steps=self.steps,
+            refinements=1,
             refinements=REFINEMENTS,
         )
         edited = guided
