@@ -130,7 +130,6 @@ class Editor:
             conditioning=source,
             latent=latent,
             steps=self.steps,
-            refinements=1,
             refinements=REFINEMENTS,
         )
         edited = guided
