@@ -15,7 +15,7 @@ NOISE_TOOLTIP = "From DDIM Inversion or Load Inversion. Its schedule sets the nu
 
 
 class DDIMInversion(io.ComfyNode):
-    """COVE (arXiv 2406.08850), section 3.1, Eq. 3; each step can be refined by fixed-point iteration."""
+    """COVE (arXiv 2406.08850), section 3.1, Eq. 3, with fixed-point refinement of every step."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -47,7 +47,7 @@ class DDIMInversion(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "refinements",
-                    default=0,
+                    default=1,
                     min=0,
                     max=10,
                     tooltip="Additional model evaluations per step; each costs as much time as the inversion without "

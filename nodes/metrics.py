@@ -219,9 +219,8 @@ def verdict(
         words = "Good: the clip comes back. Edit on this inversion."
     else:
         grade = "Fair: the clip comes back with visible loss" if lowest >= FAIR else "Poor: the clip does not come back"
-        # docs/results.md: a multiple inverts other steps than sampling takes, which no refinement makes up for; one
-        # refinement often gains nothing, two do.
-        more = "more steps" if diverged or (refinements or 0) >= 2 else "more steps, or 2 refinements,"
+        # docs/results.md: a multiple inverts other steps than sampling takes, and no refinement makes up for it.
+        more = "more steps" if diverged or (refinements or 0) >= 2 else "more refinements"
         change = "multiple 1" if multiple > 1 else more
         words = f"{grade}. Set {change} in DDIM Inversion. Sample with the source prompt, cfg 1, and the same model."
     if vae is not None and vae < FAIR:
