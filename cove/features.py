@@ -1,7 +1,6 @@
 """Diffusion features: noise level, average over draws, token grid, picture.
 
-COVE (arXiv 2406.08850), section 3.2, Eq. 4; DIFT (arXiv 2306.03881). Where in a UNet the feature is taken is the
-host's business (`nodes/host/unet.py`).
+COVE (arXiv 2406.08850), section 3.2, Eq. 4; DIFT (arXiv 2306.03881). The caller selects the layer of the UNet.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ from ..cove.correspondence import Correspondence, find_correspondence
 from ..cove.refine import refine as refined
 from . import host
 
-ENDING = ".correspondence.safetensors"
 PRESET = "preset"
 
 
@@ -89,7 +88,7 @@ class SaveCorrespondence(io.ComfyNode):
     @classmethod
     @host.errors.named
     def execute(cls, correspondence, filename_prefix) -> io.NodeOutput:
-        host.files.save(correspondence, filename_prefix, ENDING, cls)
+        host.files.save(correspondence, "correspondence", filename_prefix, cls)
         return io.NodeOutput()
 
 
@@ -104,7 +103,7 @@ class LoadCorrespondence(io.ComfyNode):
             category="COVE/load",
             description="Loads a file of Save Correspondence, instead of running Diffusion Features and Correspondence "
             "again.",
-            inputs=[host.files.saved_input(ENDING, "correspondence")],
+            inputs=[host.files.saved_input("correspondence")],
             outputs=[host.wires.Correspondence.Output(display_name="correspondence")],
         )
 

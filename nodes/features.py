@@ -131,7 +131,7 @@ class DiffusionFeatures(io.ComfyNode):
         timestep, ensemble = timestep or preset.timestep, ensemble or preset.ensemble
         level = preset.level if level < 0 else level
         unet = host.unet.unet_of(model)
-        host.checks.check_without(model, *host.checks.NODES)
+        host.checks.check_without(model, *host.checks.NAMES)
         host.checks.check_not_compiled(model)
         host.checks.check_no_motion_modules(model)
         host.checks.check_no_step_cache(model.wrappers)

@@ -15,11 +15,9 @@ from comfy_execution.validation import validate_node_input
 
 from ..cove import frames
 from ..cove.audio import Audio
-from ..cove.convert import FITS
+from ..cove.convert import FITS, MAX_SIZE
 from ..cove.decode import is_animated_png, is_animated_webp
 from . import host
-
-MAX_SIZE = 16384
 
 
 def _side(name: str, default: int, other: str) -> io.Int.Input:

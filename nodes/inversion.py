@@ -7,8 +7,6 @@ from comfy_api.v0_0_2 import io
 from ..cove.inversion import Inversion
 from . import host
 
-ENDING = ".inversion.safetensors"
-
 
 class SaveInversion(io.ComfyNode):
     """`Inversion.save`: latents and sigmas of every step, prompt, fingerprint of the model, and stored features."""
@@ -31,7 +29,7 @@ class SaveInversion(io.ComfyNode):
     @classmethod
     @host.errors.named
     def execute(cls, inversion, filename_prefix) -> io.NodeOutput:
-        host.files.save(inversion, filename_prefix, ENDING, cls)
+        host.files.save(inversion, "inversion", filename_prefix, cls)
         return io.NodeOutput()
 
 
@@ -46,7 +44,7 @@ class LoadInversion(io.ComfyNode):
             category="COVE/load",
             description="Loads a file of Save Inversion, instead of running DDIM Inversion again.",
             inputs=[
-                host.files.saved_input(ENDING, "inversion"),
+                host.files.saved_input("inversion"),
                 io.Model.Input("model", tooltip="The checkpoint that inverted the clip."),
                 io.Latent.Input(
                     "latent",

@@ -79,4 +79,4 @@ def test_named_names_the_node_that_runs_a_failing_model(small, nodes):
 
 def test_checks_name_existing_nodes(nodes, host_module):
     names = {host_module.status.name_of(node) for node in nodes.values()}
-    assert set(host_module.checks.NODES.values()) <= names
+    assert set(host_module.checks.NAMES.values()) <= names

@@ -19,7 +19,7 @@ from .batch import controls_of, follows_frames, rows_of
 from .errors import NodeError
 
 # Names of this pack's nodes by the key of their wrappers.
-NODES = {
+NAMES = {
     options.RUN: "Correspondence Attention",
     options.INJECTION: "Feature Injection",
     options.TOKENFLOW: "TokenFlow",
@@ -50,7 +50,7 @@ def check_without(model, *keys: str) -> None:
     for key in keys:
         if model.get_wrappers(WrappersMP.OUTER_SAMPLE, key):
             raise ValueError(
-                f"expected a model without {NODES[key]}, got one with it. Connect the model from before that node."
+                f"expected a model without {NAMES[key]}, got one with it. Connect the model from before that node."
             )
 
 

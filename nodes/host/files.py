@@ -31,12 +31,16 @@ def prefix_input(loader: str) -> io.String.Input:
     return io.String.Input("filename_prefix", default=f"{SUBFOLDER}/clip", tooltip=tooltip)
 
 
-def saved_input(ending: str, what: str) -> io.Combo.Input:
-    """Return the input for a saved file with this ending."""
+def saved_input(what: str) -> io.Combo.Input:
+    """Return the input for a file of `save`."""
     tooltip = (
         f"A saved {what}, newest first. Lists the output and input folders and the subfolder `{SUBFOLDER}` of each."
     )
-    return io.Combo.Input("file", options=list_saved(ending), tooltip=tooltip)
+    return io.Combo.Input("file", options=list_saved(_ending(what)), tooltip=tooltip)
+
+
+def _ending(what: str) -> str:
+    return f".{what}.safetensors"
 
 
 # --- containment ---
@@ -194,13 +198,16 @@ def output_path(prefix: str, ending: str) -> Path:
     )
 
 
-def save(content, prefix: str, ending: str, node) -> None:
+def save(content, what: str, prefix: str, node) -> None:
     """Save a Correspondence or an Inversion under a new name, and show on the node where.
+
+    Args:
+        what: "correspondence" or "inversion", for the ending of the name.
 
     Raises:
         ValueError: `prefix` leads out of the output folder, or the disk has no room.
     """
-    path = output_path(prefix, ending)
+    path = output_path(prefix, _ending(what))
     free = shutil.disk_usage(path.parent).free
     if content.bytes > free:
         raise ValueError(
