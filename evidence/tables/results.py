@@ -225,7 +225,7 @@ def reconstruction() -> str:
         line = [*map(str, values[:-1]), "previous step" if values[-1] else "scaled", "-".join(map(str, evaluations))]
         for guided in (False, True):
             some = [(case["seed"], measured["lowest PSNR"]) for case, measured in chosen if case["guided"] == guided]
-            line.append(f"{spread(some, 1)} dB")
+            line.append(f"{spread(some, 1)} dB" if some else "-")
         lines.append(line)
     return rows(["steps", "multiple", "refinements", "first guess", "evaluations", "plain", "guided"], lines)
 
