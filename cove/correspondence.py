@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .files import atomic_write, save_tensors
 
-FORMAT = "cove.correspondence.1"
+CORRESPONDENCE_FORMAT = "cove.correspondence.1"
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,9 @@ class Correspondence:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file, under a temporary name and then renamed: a kill leaves the old file or none."""
-        metadata = {"format": FORMAT} | {name: str(getattr(self, name)) for name in ("height", "width", "window")}
+        metadata = {"format": CORRESPONDENCE_FORMAT} | {
+            name: str(getattr(self, name)) for name in ("height", "width", "window")
+        }
         with atomic_write(path) as temporary:
             save_tensors(self._matches(), temporary, metadata)
 
@@ -138,8 +140,8 @@ class Correspondence:
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise ValueError(f"{path} holds no COVE correspondence (expected format {FORMAT})")
+                if metadata.get("format") != CORRESPONDENCE_FORMAT:
+                    raise ValueError(f"{path} holds no COVE correspondence (expected format {CORRESPONDENCE_FORMAT})")
                 found = cls(
                     file.get_tensor("forward"),
                     file.get_tensor("backward"),

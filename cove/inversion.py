@@ -14,7 +14,7 @@ from torch import Tensor
 from .files import atomic_write, save_tensors
 from .schedule import Schedule
 
-FORMAT = "cove.inversion.2"
+INVERSION_FORMAT = "cove.inversion.2"
 # Sigmas that differ by less are the same: grids come from float32 schedules.
 SIGMA_TOLERANCE = 1e-4
 # A residual below this may grow by rounding, in half precision.
@@ -109,7 +109,7 @@ class Inversion:
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file, under a temporary name and then renamed: a kill leaves the old file or none."""
         numbers = {"steps": self.schedule.steps, "multiple": self.schedule.multiple}
-        metadata = {"format": FORMAT, "schedule": json.dumps(numbers), "about": json.dumps(dict(self.about))}
+        metadata = {"format": INVERSION_FORMAT, "schedule": json.dumps(numbers), "about": json.dumps(dict(self.about))}
         with atomic_write(path) as temporary:
             save_tensors(self._tensors(), temporary, metadata)
 
@@ -132,7 +132,7 @@ class Inversion:
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") == FORMAT:
+                if metadata.get("format") == INVERSION_FORMAT:
                     for name in file.keys():  # noqa: SIM118  (not a mapping)
                         kind, _, rest = name.partition(".")
                         if kind == "conditioning":
@@ -145,7 +145,7 @@ class Inversion:
                     return cls(schedule, **tensors, conditioning=conditioning, about=about, features=features)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
-        raise ValueError(f"{path} holds no COVE inversion (expected format {FORMAT})")
+        raise ValueError(f"{path} holds no COVE inversion (expected format {INVERSION_FORMAT})")
 
 
 _TENSORS = [entry.name for entry in fields(Inversion) if entry.type == "Tensor"]

@@ -17,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .attention import GPU_BUDGET
+
 # Bytes of similarities that are held at a time: on a CPU what stays in its cache, elsewhere what keeps a GPU busy.
-CPU_BUDGET, GPU_BUDGET = 4 << 20, 256 << 20
+FIELDS_CPU_BUDGET = 4 << 20
 
 
 class Between(NamedTuple):
@@ -104,7 +106,7 @@ def nearest_tokens(
         raise ValueError(f"tokens must be [{len(between)} frames, tokens, channels], got {list(tokens.shape)}")
     count = tokens.shape[1]
     if memory_budget is None:
-        memory_budget = CPU_BUDGET if tokens.device.type == "cpu" else GPU_BUDGET
+        memory_budget = FIELDS_CPU_BUDGET if tokens.device.type == "cpu" else GPU_BUDGET
     rows = max(1, memory_budget // (4 * count))
     keys = F.normalize(tokens[list(keyframes)].float(), dim=-1).transpose(1, 2)
     own = torch.arange(count, device=tokens.device)

@@ -196,7 +196,7 @@ def test_correspondence_save_keeps_the_old_file_after_a_failure(matches, tmp_pat
     assert path.read_bytes() == old and os.listdir(tmp_path) == ["a.safetensors"]
 
 
-METADATA = {"format": correspondence.FORMAT, "height": "7", "width": "11", "window": "5"}
+METADATA = {"format": correspondence.CORRESPONDENCE_FORMAT, "height": "7", "width": "11", "window": "5"}
 
 
 @pytest.mark.parametrize("content", [b"", b"no safetensors at all", slice(100), slice(-10)])

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from cove import files
 from cove.correspondence import Correspondence
 from cove.files import on_disk
-from cove.inversion import FORMAT, Inversion
+from cove.inversion import INVERSION_FORMAT, Inversion
 from cove.schedule import Schedule
 from tests.method_helpers import PEAK, ROOT, assert_same, fresh, full_disk, randn
 
@@ -201,7 +201,7 @@ def test_inversion_load_refuses_a_damaged_file(full, tmp_path, content):
         Inversion.load(path)
 
 
-GOOD = {"format": FORMAT, "about": "{}", "schedule": json.dumps({"steps": STEPS, "multiple": 2})}
+GOOD = {"format": INVERSION_FORMAT, "about": "{}", "schedule": json.dumps({"steps": STEPS, "multiple": 2})}
 
 
 def write(path, tensors, metadata):
@@ -214,7 +214,7 @@ def write(path, tensors, metadata):
         (None, "holds no COVE inversion .expected format"),
         ({"about": "{}"}, "holds no COVE inversion .expected format"),
         ({**GOOD, "format": "cove.inversion.1"}, "holds no COVE inversion .expected format"),
-        ({"format": FORMAT}, "is damaged"),
+        ({"format": INVERSION_FORMAT}, "is damaged"),
         ({**GOOD, "about": "{"}, "is damaged"),
         ({**GOOD, "schedule": "{}"}, "do not belong to one inversion"),
         ({**GOOD, "schedule": '{"steps": 0}'}, "is damaged"),

@@ -77,7 +77,7 @@ def test_ddim_inversion_does_not_resume_steps_of_another_format(
     small, nodes, break_off, lines, host_module, monkeypatch
 ):
     with monkeypatch.context() as older:
-        older.setattr(host_module.identity, "FORMAT", "cove.inversion.1")
+        older.setattr(host_module.identity, "INVERSION_FORMAT", "cove.inversion.1")
         break_off(lambda: invert(nodes, small, steps=4), 2)
     with watched(small) as calls:
         invert(nodes, small, steps=4)

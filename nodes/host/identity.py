@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...cove import __version__
 from ...cove.fingerprint import fingerprint
-from ...cove.inversion import FORMAT, Inversion
+from ...cove.inversion import INVERSION_FORMAT, Inversion
 from .checks import check_channels
 from .unet import sampling_name
 
@@ -37,7 +37,16 @@ def run_fingerprint(model, conditioning, samples: Tensor, sigmas: Tensor, refine
 
     An object that cannot be read never has the same fingerprint twice, so that its inversion is not resumed.
     """
-    things = (model_fingerprint(model), model, conditioning, samples, sigmas, refinements, __version__, FORMAT)
+    things = (
+        model_fingerprint(model),
+        model,
+        conditioning,
+        samples,
+        sigmas,
+        refinements,
+        __version__,
+        INVERSION_FORMAT,
+    )
     try:
         return fingerprint(*things, known=_Contents(model))
     except Exception as error:  # objects of other packs raise what they like when they are read
