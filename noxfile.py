@@ -53,29 +53,26 @@ def check(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
     """The tests of the pack, in a real ComfyUI that is found or fetched."""
-    comfy = Environment(session)
-    host = comfy.provide_host()
-    comfy.install(host)
-    others = [f"--ignore={folder}" for folder in COMPATIBILITY_TESTS + EVIDENCE_TESTS]
-    comfy.test(host, *others, *session.posargs)
+    _test(session, *(f"--ignore={folder}" for folder in COMPATIBILITY_TESTS + EVIDENCE_TESTS), *session.posargs)
 
 
 @nox.session(venv_backend="none")
 def compatibility_tests(session: nox.Session) -> None:
     """The tests with other models, samplings and nodes, and the workflows in a server and in the real page."""
-    comfy = Environment(session)
-    host = comfy.provide_host()
-    comfy.install(host)
-    comfy.test(host, *(session.posargs or COMPATIBILITY_TESTS))
+    _test(session, *(session.posargs or COMPATIBILITY_TESTS))
 
 
 @nox.session(venv_backend="none")
 def evidence_tests(session: nox.Session) -> None:
     """The tests of worlds, training, tables and the offline kit; no node depends on them."""
+    _test(session, *(session.posargs or EVIDENCE_TESTS))
+
+
+def _test(session: nox.Session, *arguments: str) -> None:
     comfy = Environment(session)
     host = comfy.provide_host()
     comfy.install(host)
-    comfy.test(host, *(session.posargs or EVIDENCE_TESTS))
+    comfy.test(host, *arguments)
 
 
 @nox.session(venv_backend="none")

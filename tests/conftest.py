@@ -181,11 +181,11 @@ def lines(caplog, nodes):
     caplog.set_level("INFO")
     names = {node.define_schema().display_name.removeprefix("COVE ") for node in nodes.values()}
 
-    def said() -> list[str]:
+    def stated() -> list[str]:
         messages = [record.getMessage().partition(": ") for record in caplog.records]
         return [text for name, _, text in messages if name in names]
 
-    return said
+    return stated
 
 
 @pytest.fixture(scope="session")

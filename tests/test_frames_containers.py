@@ -166,8 +166,8 @@ def test_read_frames_notes_a_truncated_file(tmp_path, name, options):
     path.write_bytes(data[: len(data) * 5 // 8])
     clip = read_frames(path)
     assert 12 <= len(clip.images) < 24
-    said = f"has {len(clip.images)} frames"
-    assert any("ends early" in note and said in note for note in clip.notes), clip.notes
+    stated = f"has {len(clip.images)} frames"
+    assert any("ends early" in note and stated in note for note in clip.notes), clip.notes
 
 
 # --- timestamps ---

@@ -131,12 +131,12 @@ def look_at(comfy, nodes, load, control, path_of) -> tuple[dict, dict]:
         "comfy.latent_formats.SD15": model.model.latent_format,
         "comfy.supported_models.SD15": model.model.model_config,
     }
-    told = seen["options"]["transformer_options"]
+    published = seen["options"]["transformer_options"]
     keys = {
         "model_options": seen["options"],
-        "transformer_options": told | seen["attention"],
-        "patches": {*told["patches"], *forward_timestep_embed.__code__.co_consts},
-        "patches_replace": told["patches_replace"],
+        "transformer_options": published | seen["attention"],
+        "patches": {*published["patches"], *forward_timestep_embed.__code__.co_consts},
+        "patches_replace": published["patches_replace"],
         "extra_args": seen["extra_args"],
         "LATENT": masked,
         "CONDITIONING": with_hooks[0][1]

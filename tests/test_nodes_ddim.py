@@ -168,20 +168,20 @@ def test_ddim_inversion_and_sampler_report_progress_and_preview_at_every_step(co
     import comfy.utils
     import latent_preview
 
-    told, pictures = [], []
+    reported, pictures = [], []
 
     def hear(value, total, preview, **more):
-        told.append((value, total))
+        reported.append((value, total))
         pictures.append(preview[1].size)
 
     monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", hear)
     monkeypatch.setattr(latent_preview.args, "preview_method", latent_preview.LatentPreviewMethod.Latent2RGB)
     noise = invert(sd15, prompt(1), latents(1), 2, multiple=2)
     # Timesteps 1, 251, 501; sampling with 2 steps starts at 501.
-    assert told == [(1, 3), (2, 3), (3, 3)]
-    told.clear()
+    assert reported == [(1, 3), (2, 3), (3, 3)]
+    reported.clear()
     sample(sd15, prompt(1), prompt(1), noise)
-    assert told == [(1, 2), (2, 2)]
+    assert reported == [(1, 2), (2, 2)]
     assert pictures == [(WIDTH, HEIGHT)] * 5
 
 
@@ -199,10 +199,10 @@ def test_ddim_inversion_and_sampler_leave_no_trace_after_an_interrupt(
         "inversion": lambda: invert(guided, prompt(1), latent, refinements=0),
         "sampler": lambda: sample(guided, prompt(1), prompt(2), noise, cfg=2.0),
     }
-    expected, state, told = runs[node]()["samples"], state_of(guided), []
+    expected, state, reported = runs[node]()["samples"], state_of(guided), []
 
     def interrupt(value, total, *rest, **more):
-        told.append(value)
+        reported.append(value)
         if value == step:
             management.interrupt_current_processing()
 
@@ -210,6 +210,6 @@ def test_ddim_inversion_and_sampler_leave_no_trace_after_an_interrupt(
         patched.setattr(comfy.utils, "PROGRESS_BAR_HOOK", interrupt)
         with pytest.raises(management.InterruptProcessingException):
             runs[node]()
-    assert told == [1, 2, 3][:step]
+    assert reported == [1, 2, 3][:step]
     assert state_of(guided) == state
     assert torch.equal(runs[node]()["samples"], expected)

@@ -96,10 +96,10 @@ def test_diffusion_features_leave_no_trace_after_an_error_or_interrupt(comfy, sd
     import comfy.utils
 
     expected, state, random = take(sd15, batch_size=1), state_of(sd15), torch.random.get_rng_state()
-    told = []
+    reported = []
 
     def stop(value, total, *rest, **more):
-        told.append((value, total))
+        reported.append((value, total))
         if value == batch and end == "error":
             raise Broken
         if value == batch:
@@ -109,7 +109,7 @@ def test_diffusion_features_leave_no_trace_after_an_error_or_interrupt(comfy, sd
         patched.setattr(comfy.utils, "PROGRESS_BAR_HOOK", stop)
         with pytest.raises(Broken if end == "error" else management.InterruptProcessingException):
             take(sd15, batch_size=1)
-    assert told == [(1, 3), (2, 3), (3, 3)][:batch]
+    assert reported == [(1, 3), (2, 3), (3, 3)][:batch]
     assert state_of(sd15) == state
     assert torch.equal(take(sd15, batch_size=1), expected)
     assert torch.equal(torch.random.get_rng_state(), random)
@@ -131,20 +131,20 @@ def test_diffusion_features_remove_the_hook_after_an_error_in_the_unet(sd15, tak
 def test_correspondence_refine_matches_reference(comfy, nodes, cove, found_from, monkeypatch):
     import comfy.utils
 
-    told = []
+    reported = []
     monkeypatch.setattr(
-        comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, *rest, **more: told.append((value, total))
+        comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, *rest, **more: reported.append((value, total))
     )
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(1, HEIGHT, WIDTH, 11, generator=generator) + torch.randn(
         5, HEIGHT, WIDTH, 11, generator=generator
     )
     (plain,) = call(nodes["Correspondence"], features=found_from(features, True), window=3, refine="off")
-    assert plain.pairs is None and told == [(i, 4) for i in range(1, 5)]
-    told.clear()
+    assert plain.pairs is None and reported == [(i, 4) for i in range(1, 5)]
+    reported.clear()
     (found,) = call(nodes["Correspondence"], features=found_from(features), window=3, refine="on")
     assert found.pairs.tolist() == cove.reference.refine(plain, features)
-    assert told == [(i, 9) for i in range(1, 10)]
+    assert reported == [(i, 9) for i in range(1, 10)]
     (sharp,), (paper,) = (
         call(nodes["Correspondence"], features=found_from(features, refine), window=3) for refine in (True, False)
     )
@@ -167,10 +167,10 @@ def test_correspondence_reports_progress_and_stops_on_interrupt(comfy, nodes, fo
     import comfy.model_management as management
     import comfy.utils
 
-    told = []
+    reported = []
 
     def hear(value, total, *rest, **more):
-        told.append((value, total))
+        reported.append((value, total))
         if value == 3:
             management.interrupt_current_processing()
 
@@ -178,4 +178,4 @@ def test_correspondence_reports_progress_and_stops_on_interrupt(comfy, nodes, fo
     features = torch.randn(5, HEIGHT, WIDTH, 11, generator=torch.Generator().manual_seed(0))
     with pytest.raises(management.InterruptProcessingException):
         call(nodes["Correspondence"], features=found_from(features), window=3)
-    assert told == [(1, 4), (2, 4), (3, 4)]
+    assert reported == [(1, 4), (2, 4), (3, 4)]

@@ -68,13 +68,13 @@ def test_load_nodes_refuse_names_that_lead_out_without_opening_them(nodes, folde
         os.listdir(folders.outside)
         assert seen() or sys.platform != "linux"
         for bad in [spelled(name, folders, file) for name in NAMES]:
-            said = node.validate_inputs(file=bad)
-            assert isinstance(said, str) and said.startswith(f"{name}: "), bad
-            assert "inside ComfyUI's " in said and "folder. Absolute paths, drive letters" in said, said
+            stated = node.validate_inputs(file=bad)
+            assert isinstance(stated, str) and stated.startswith(f"{name}: "), bad
+            assert "inside ComfyUI's " in stated and "folder. Absolute paths, drive letters" in stated, stated
             assert node.fingerprint_inputs(file=bad) == "", bad
             with pytest.raises(ValueError) as caught:
                 call(node, file=bad, **settings)
-            assert str(caught.value) == said
+            assert str(caught.value) == stated
         assert not seen()
 
 
@@ -99,9 +99,9 @@ def test_load_nodes_refuse_names_of_files_that_cannot_be_loaded(nodes, folders, 
     (folders.input / "loop").symlink_to("loop")
     os.mkfifo(folders.input / "pipe")  # reading would wait forever
     for bad in [spelled(name, folders, file) for name in MISSING] + ["sub"] * (node is not nodes["LoadFrames"]):
-        said = node.validate_inputs(file=bad)
-        assert isinstance(said, str) and said.startswith(f"{name}: there is no file"), bad
-        assert "Press R to refresh the list" in said and len(said) < 500 and "\n" not in said
+        stated = node.validate_inputs(file=bad)
+        assert isinstance(stated, str) and stated.startswith(f"{name}: there is no file"), bad
+        assert "Press R to refresh the list" in stated and len(stated) < 500 and "\n" not in stated
         assert node.fingerprint_inputs(file=bad) == ""
         with refused(name, "there is no file"):
             call(node, file=bad, **settings)

@@ -313,12 +313,12 @@ def test_bytes_of_matches_the_size_of_stored_features(load, nodes, host_module, 
         model = tiny(kind).clone()
         if dtype != torch.float32:
             model.set_model_compute_dtype(dtype)
-        said = host_module.injection.bytes_of(model, host_module.injection.sites_of(model, "auto", "auto"), size)
+        stated = host_module.injection.bytes_of(model, host_module.injection.sites_of(model, "auto", "auto"), size)
         source = prompt(1, kind.replace("two levels", "sd15"))
         inversion = store(nodes, model, invert(nodes, model, source, latents(2, *size), steps=1)[1])
         (features,) = inversion.features.values()
         assert {tensor.dtype for tensor in features.values()} == {dtype}
-        assert sum(tensor.numel() * tensor.element_size() for tensor in features.values()) == 2 * said
+        assert sum(tensor.numel() * tensor.element_size() for tensor in features.values()) == 2 * stated
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

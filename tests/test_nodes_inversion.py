@@ -69,11 +69,11 @@ def test_feature_injection_recomputes_features_that_are_not_stored(small, nodes)
 
 @pytest.mark.parametrize("storage", ["memory", "disk"])
 def test_store_features_reports_the_size_before_the_run(small, nodes, host_module, lines, storage):
-    said = []
+    stated = []
     model = small.clone()
 
     def look(apply_model, arguments):
-        said.append(lines())
+        stated.append(lines())
         return apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
 
     _, inversion = invert(nodes, model, latent=latents(2, 37, 41))
@@ -81,7 +81,7 @@ def test_store_features_reports_the_size_before_the_run(small, nodes, host_modul
     known = len(lines())
     model.set_model_unet_function_wrapper(look)
     stored = store(nodes, model, inversion, share=0.6, storage=storage)
-    (line,) = said[0][known:]
+    (line,) = stated[0][known:]
     one = host_module.injection.bytes_of(small, host_module.injection.sites_of(small, "auto", "auto"), (37, 41)) / 2**20
     assert line.startswith(f"storing {4 * one:.1f} MiB (2 steps x 2 frames x {one:.1f} MiB); ")
     assert ("of memory are free" if storage == "memory" else "on disk are free") in line

@@ -96,9 +96,9 @@ def test_measure_compares_the_edit_with_the_selected_frames(clips):
 
 
 def test_measure_reports_errors_in_one_line(clips):
-    for arguments, said in (
+    for arguments, stated in (
         ((clips / "source.mp4", clips / "none.mp4"), "there is no file"),
         ((clips / "edited.mp4", clips / "source.mp4"), "frames"),
     ):
         ended = measure(*arguments)
-        assert ended.returncode and said in ended.stderr.splitlines()[-1] and "Traceback" not in ended.stderr
+        assert ended.returncode and stated in ended.stderr.splitlines()[-1] and "Traceback" not in ended.stderr
