@@ -116,15 +116,20 @@ def _random_counts(generator: Generator, most: int) -> list[int]:
 
 
 def _random_paint(generator: Generator, taken: Collection[str]) -> tuple[str, Colour]:
-    """Draw a colour word that is not taken, and a colour near the named one, or of any hue for `FREE`."""
+    """Draw a colour word that is not taken, and a colour for it."""
     word = pick([colour for colour in COLOUR_WORDS if colour not in taken], generator)
+    return word, paint_for(word, generator)
+
+
+def paint_for(word: str, generator: Generator) -> Colour:
+    """Draw a colour near the named one, or of any hue for `FREE`."""
     if word == FREE:
         hue = between(0, 6, generator)
         middle = tuple(0.15 + 0.7 * min(1, max(0, abs((hue - shift) % 6 - 3) - 1)) for shift in (0, 2, 4))
     else:
         middle = COLOURS[word]
     red, green, blue = (min(1.0, max(0.0, value + between(-0.07, 0.07, generator))) for value in middle)
-    return word, (red, green, blue)
+    return red, green, blue
 
 
 def _random_seed(generator: Generator) -> int:
