@@ -54,8 +54,8 @@ def correspondence_attention(
     """Let each token attend to its own matches in the other frames, merged. COVE, section 3.3, Eq. 11-14.
 
     Queries, keys and values are the tokens themselves (Q = z, K = V = merged matches), split in heads. The set of a
-    token is ordered by frame, then best match first, and merged by bipartite soft matching. Tokens are processed in
-    chunks that fit the memory budget, so that the gathered sets of all tokens never exist at once.
+    token is ordered by frame, then best match first, and merged by bipartite soft matching. For many calls with one
+    correspondence, `attention_sets` and `attend_to_sets` do the same in two steps.
 
     Args:
         tokens: the output of the spatial-temporal attention, [batch, frames, height*width, channels], any float dtype.
@@ -64,71 +64,103 @@ def correspondence_attention(
         merge_ratio: share of each set that merging takes away, 0 to 0.5.
         frame_indices: which frames of the clip the tokens are; by default all, in order.
         include_self: whether a token belongs to its own set (FLATTEN) or not (COVE).
-        memory_budget: bytes that the working memory may take beside input and result; by default 8 MiB on a CPU and
-            256 MiB elsewhere.
+        memory_budget: of `attend_to_sets`.
 
     Returns:
         Of the same shape and dtype. With one frame and nothing else in the set, the tokens themselves.
     """
     if tokens.ndim != 4:
         raise ValueError(f"tokens must be [batch, frames, height*width, channels], got {list(tokens.shape)}")
-    batch, frames, count, channels = tokens.shape
-    frame_indices = list(range(correspondence.frames) if frame_indices is None else frame_indices)
-    if len(frame_indices) != frames or len(set(frame_indices)) != frames:
-        raise ValueError(f"got {frames} frames, but frame_indices names {frame_indices}")
-    if count != correspondence.height * correspondence.width:
+    if tokens.shape[2] != correspondence.height * correspondence.width:
         raise ValueError(
             f"expected {correspondence.height}x{correspondence.width} tokens per frame, as in the correspondence, got "
-            f"{count}"
+            f"{tokens.shape[2]}"
         )
+    frame_indices = range(correspondence.frames) if frame_indices is None else frame_indices
+    if len(frame_indices) != tokens.shape[1]:
+        raise ValueError(f"got {tokens.shape[1]} frames, but frame_indices names {list(frame_indices)}")
+    sets = attention_sets(correspondence, frame_indices, include_self).to(tokens.device)
+    return attend_to_sets(tokens, sets, heads, merge_ratio, memory_budget)
+
+
+def attention_sets(
+    correspondence: Correspondence, frame_indices: Sequence[int] | None = None, include_self: bool = False
+) -> Tensor:
+    """Return the attention set of every token, in the order in which merging takes it: Eq. 11 and 12.
+
+    Args:
+        frame_indices: the frames of the clip that are in the batch, in its order; by default all.
+        include_self: whether a token belongs to its own set.
+
+    Returns:
+        Rows of a batch flattened to [frames*height*width, channels]: the even positions of the set, then the odd ones,
+        of a set ordered by frame, then best match first; int32 [frames, height*width, members].
+    """
+    frame_indices = list(range(correspondence.frames) if frame_indices is None else frame_indices)
+    if len(set(frame_indices)) != len(frame_indices):
+        raise ValueError(f"got {len(frame_indices)} frames, but frame_indices names {frame_indices}")
+    frames, count = len(frame_indices), correspondence.height * correspondence.width
+    device = correspondence.forward.device
+    own = torch.arange(count, dtype=torch.int32, device=device)[:, None]
+    members = (frames - 1) * correspondence.k + include_self
+    order = bipartite_order(members, device)
+    sets = torch.empty((frames, count, members), dtype=torch.int32, device=device)
+    ascending = sorted(frame_indices)
+    for i, frame in enumerate(frame_indices):
+        others = [other for other in ascending if other != frame]
+        found = dict(zip(others, correspondence.follow(frame, others).unbind(1), strict=True))
+        if include_self:
+            found[frame] = own
+        rows = [found[other] + count * frame_indices.index(other) for other in sorted(found)]
+        if rows:
+            sets[i] = torch.cat(rows, 1)[:, order]
+    return sets
+
+
+def attend_to_sets(
+    tokens: Tensor, sets: Tensor, heads: int, merge_ratio: float = 0.5, memory_budget: int | None = None
+) -> Tensor:
+    """Let each token attend to its set, merged by bipartite soft matching: Eq. 12-14.
+
+    Tokens are processed in chunks that fit the memory budget, so that the gathered sets of all tokens never exist at
+    once.
+
+    Args:
+        tokens: [batch, frames, height*width, channels], any float dtype.
+        sets: of `attention_sets`, on the device of the tokens.
+        heads: channels are split into this many.
+        merge_ratio: share of each set that merging takes away, 0 to 0.5.
+        memory_budget: bytes that the working memory may take beside input and result; by default 8 MiB on a CPU and
+            256 MiB elsewhere.
+
+    Returns:
+        Of the same shape and dtype; the tokens themselves if the sets are empty.
+    """
+    batch, frames, count, channels = tokens.shape
+    members = sets.shape[2]
+    if sets.shape[:2] != (frames, count):
+        raise ValueError(f"expected sets of {frames} frames of {count} tokens, got {list(sets.shape)}")
     if channels % heads:
         raise ValueError(f"{channels} channels cannot be split into {heads} heads")
-    members = (frames - 1) * correspondence.k + include_self
     removed = removed_tokens(members, merge_ratio)
     if members == 0:
         return tokens
-
-    if correspondence.pairs is None:
-        correspondence = correspondence.to(tokens.device)  # small, and followed here; pairs only go where they are used
     flat = tokens.flatten(1, 2)
     inverse_norm = torch.linalg.vector_norm(flat, dim=-1, dtype=torch.float32).clamp_min(1e-12).reciprocal()
-    order = bipartite_order(members, tokens.device)
     result = torch.empty_like(tokens)
     if memory_budget is None:
         memory_budget = CPU_BUDGET if tokens.device.type == "cpu" else GPU_BUDGET
-    chunk = max(1, memory_budget // _bytes_per_token(members, channels, heads, removed, tokens.element_size()))
-    ascending = sorted(range(frames), key=frame_indices.__getitem__)
-    # Copied once for all frames: a GPU is waited for at each copy.
-    first_rows = count * torch.tensor(ascending, device=tokens.device)[:, None]
-    for place, i in enumerate(ascending):
-        matches = _member_rows(correspondence, sorted(frame_indices), place, include_self, first_rows)[:, order]
-        for b in range(batch):
-            for query, some, out in zip(*(x.split(chunk) for x in (tokens[b, i], matches, result[b, i])), strict=True):
-                members_of = flat[b][some]
-                if removed:
-                    members_of = _merged(members_of, inverse_norm[b][some], removed)
-                out.copy_(sdpa(query[:, None], members_of, members_of, heads)[:, 0])
+    bytes_per_token = batch * _bytes_per_token(members, channels, heads, removed, tokens.element_size())
+    chunk = max(1, memory_budget // bytes_per_token)
+    for i in range(frames):
+        for query, rows, out in zip(
+            tokens[:, i].split(chunk, 1), sets[i].split(chunk), result[:, i].split(chunk, 1), strict=True
+        ):
+            gathered = flat[:, rows].flatten(0, 1)
+            if removed:
+                gathered = _merged(gathered, inverse_norm[:, rows].flatten(0, 1), removed)
+            out.copy_(sdpa(query.flatten(0, 1)[:, None], gathered, gathered, heads).view_as(out))
     return result
-
-
-def _member_rows(
-    correspondence: Correspondence, clip_frames: Sequence[int], place: int, include_self: bool, first_rows: Tensor
-) -> Tensor:
-    """Return the attention set of every token of one frame as rows of [frames*height*width, channels]: Eq. 11.
-
-    Args:
-        clip_frames: the frames of the clip that the tokens are, ascending.
-        place: which of them.
-        first_rows: where the tokens of each of them begin, int64 [frames, 1].
-
-    Returns:
-        Frames ascending in the clip, best match first, int64 [height*width, members].
-    """
-    others = [*clip_frames[:place], *clip_frames[place + 1 :]]
-    matches = correspondence.follow(clip_frames[place], others).to(first_rows.device)
-    earlier, later = matches[:, :place] + first_rows[:place], matches[:, place:] + first_rows[place + 1 :]
-    own = [torch.arange(len(matches), device=matches.device)[:, None] + first_rows[place]] if include_self else []
-    return torch.cat((earlier.flatten(1), *own, later.flatten(1)), dim=1)
 
 
 def _merged(members: Tensor, inverse_norm: Tensor, removed: int) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -31,7 +31,7 @@ from ..chance import held_out
 from ..patterns.clips import MOTIONS, WINDOW
 from ..patterns.edits import KINDS, Edit, random_edit
 from ..patterns.scenes import caption
-from .alternatives import ALTERNATIVES
+from .alternatives import ALTERNATIVES, alternative
 from .demo import digest_of, load_demo
 from .matches import true_matches
 from .records import FOLDER, Records, add_part
@@ -202,8 +202,8 @@ class Editor:
         if method.alternative is None:
             yield
         else:
-            answer: Callable = ALTERNATIVES[method.alternative]()
-            with mock.patch.object(self.attention, "correspondence_attention", answer):
+            answer = alternative(method.alternative, SIDE // PATCH)
+            with mock.patch.object(self.attention, "attend_to_sets", answer):
                 yield
 
     def _guided(self, method: Method, clip: Task):

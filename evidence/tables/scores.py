@@ -6,7 +6,6 @@ Blurring lowers detail and leaves agreement, so that neither is read without the
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +23,10 @@ MARGIN = 4  # pixels at the edges of things and of the frame that do not count: 
 APART = 8  # pixels between the points that are compared for the level of chance
 
 
-def true_flow(clip: Clip, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Return flow and visibility of each frame's pixels in the next frame, as `warping_error` expects them."""
+def true_flow(clip: Clip, apart: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Return flow [frames - apart, height, width, 2] and visibility of each frame's pixels `apart` frames later."""
     flows, seen = [], []
-    for pair in pairwise(clip.scenes):
+    for pair in zip(clip.scenes, clip.scenes[apart:], strict=False):
         places, visible = Clip(pair).tracks(0, height, width)
         flows.append(places[1] - places[0])
         seen.append(visible[1])
@@ -74,7 +73,7 @@ def detail_of(frames: Tensor, where: Tensor) -> Tensor:
 
 
 def agreement(detail: Tensor, where: Tensor, flow: Tensor, seen: Tensor) -> float:
-    """Return the correlation of a region's detail with that of the next frame along the flow; NaN without detail.
+    """Return the correlation of a region's detail with that of later frames along the flow; NaN without detail.
 
     Args:
         detail: [frames, height, width, 3], of `detail_of`.
@@ -82,20 +81,22 @@ def agreement(detail: Tensor, where: Tensor, flow: Tensor, seen: Tensor) -> floa
         flow, seen: of `true_flow`, or other flow.
     """
     height, width = where.shape[1:]
+    apart = len(where) - len(flow)
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     there = torch.stack([columns, rows], -1) + flow
     # One look-up for values and region. What is interpolated with a point outside of the region does not count.
-    after = look_up(torch.cat([detail[1:], where[1:, ..., None]], -1), there, (height, width)).double()
+    after = look_up(torch.cat([detail[apart:], where[apart:, ..., None]], -1), there, (height, width)).double()
     inside = there.ge(0).all(-1) & (there[..., 0] <= width - 1) & (there[..., 1] <= height - 1)
-    both = where[:-1] & seen & inside & (after[..., 3] > 0.999)
-    one, other = detail[:-1][both], after[..., :3][both]
+    both = where[:-apart] & seen & inside & (after[..., 3] > 0.999)
+    one, other = detail[:-apart][both], after[..., :3][both]
     return float((one * other).sum() / (one.square().sum() * other.square().sum()).sqrt())
 
 
 def scores_of(edit: Edit, made: Tensor, drawn: Tensor) -> dict[str, float]:
     """Return the scores of an edit where it changes the clip.
 
-    - agreement: of invented detail, from frame to frame along the true motion.
+    - agreement: of invented detail along the true motion, between frames half a clip apart: over one frame the
+      motion is so small that a pattern that stands still agrees, too.
     - chance: the same between points that are `APART` pixels apart, the mean of four directions.
     - detail: its standard deviation, as a share of that of the drawn target.
     - drift: root mean square deviation of colours along their tracks, as a share of the standard deviation between
@@ -107,7 +108,8 @@ def scores_of(edit: Edit, made: Tensor, drawn: Tensor) -> dict[str, float]:
     """
     height, width = made.shape[1:3]
     clip = edit.target
-    where, (flow, seen) = region(clip, edit.on_thing, edit.on_ground, height, width), true_flow(clip, height, width)
+    where = region(clip, edit.on_thing, edit.on_ground, height, width)
+    flow, seen = true_flow(clip, len(made) // 2, height, width)
     found, wanted = detail_of(made, where), detail_of(drawn, where)
     steps = APART * torch.tensor([(1, 0), (-1, 0), (0, 1), (0, -1)])
     chance = [agreement(found, where, flow + step, seen) for step in steps]

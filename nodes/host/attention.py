@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,13 +14,13 @@ from comfy.ldm.modules import attention
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...cove.attention import correspondence_attention, spatial_temporal_attention
+from ...cove.attention import attend_to_sets, attention_sets, spatial_temporal_attention
 from ...cove.correspondence import Correspondence
 from ...cove.fingerprint import fingerprint
 from . import options
 from .checks import check_no_reference, check_rows, check_slots, other_batch, other_tokens
 from .errors import naming
-from .options import Area, run_info
+from .options import Area, RunInfo, run_info
 from .run import publish_run
 from .unet import Block, grid_at, self_attention_levels, unet_of
 
@@ -90,20 +90,45 @@ class GuidedSelfAttention:
         if matches is None or grid_at(info.latent_size, self.level) != (matches.height, matches.width):
             return tokens
         # A window's anchor may also be among its own frames: it is guided once, and its tokens are the same.
-        clip_frames = list(dict.fromkeys(info.frames))
-        clips = tokens.unflatten(0, (conds, frames))[:, [info.frames.index(frame) for frame in clip_frames]]
-        settings = (heads, self.merge_ratio, clip_frames, self.include_self)
-        parts = [self._of_area(info.area_of(uuid), grid) for uuid in uuids]
-        guided = [
-            correspondence_attention(clip[None], part, *settings) for clip, part in zip(clips, parts, strict=True)
-        ]
-        return torch.cat(guided)[:, [clip_frames.index(frame) for frame in info.frames]].flatten(0, 1)
+        clip_frames = tuple(dict.fromkeys(info.frames))
+        clips = _frames_of(tokens.unflatten(0, (conds, frames)), info.frames, clip_frames)
+        areas = [info.area_of(uuid) for uuid in uuids]
+        if len(set(areas)) == 1:
+            guided = self._guided(clips, clip_frames, areas[0], grid, heads, info)
+        else:
+            parts = (
+                self._guided(clip[None], clip_frames, area, grid, heads, info)
+                for clip, area in zip(clips, areas, strict=True)
+            )
+            guided = torch.cat(list(parts))
+        return _frames_of(guided, clip_frames, info.frames).flatten(0, 1)
 
-    def _of_area(self, area: Area | None, grid: tuple[int, int]) -> Correspondence:
-        """Return the correspondence of the part of the picture that a conditioning with an area runs on."""
-        if area is None:
-            return self.correspondence
-        return self.correspondence.crop(area[2] >> self.level, area[3] >> self.level, *grid)
+    def _guided(
+        self,
+        clips: Tensor,
+        frames: tuple[int, ...],
+        area: Area | None,
+        grid: tuple[int, int],
+        heads: int,
+        info: RunInfo,
+    ) -> Tensor:
+        """Let tokens [conds, frames, tokens, channels] attend to their matches in one area of the picture."""
+
+        def sets() -> Tensor:
+            part = self.correspondence
+            if area is not None:
+                part = part.crop(area[2] >> self.level, area[3] >> self.level, *grid)
+            return attention_sets(part, frames, self.include_self).to(clips.device)
+
+        key = (id(self.correspondence), self.include_self, frames, area, clips.device)
+        return attend_to_sets(clips, info.once(key, sets), heads, self.merge_ratio)
+
+
+def _frames_of(clips: Tensor, frames: Sequence[int], wanted: Sequence[int]) -> Tensor:
+    """Select frames of [conds, frames, ...] by their numbers, without an index that a GPU would wait for."""
+    if tuple(frames) == tuple(wanted):
+        return clips
+    return torch.stack([clips[:, frames.index(frame)] for frame in wanted], 1)
 
 
 def guide_self_attention(

@@ -5,7 +5,7 @@ Wrappers of a MODEL have the key of their node.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,12 +44,20 @@ class RunInfo:
     latent_size: height and width of the whole latents.
     areas: of the conditionings that run on a part of the picture, by their uuid.
     frames: of the clip, in the order of the batch.
+    kept: results that hold for the whole run, by key; see `once`.
     """
 
     sigma: float
     latent_size: tuple[int, int]
     areas: Mapping[Any, Area]
     frames: tuple[int, ...]
+    kept: dict[Any, Any]
+
+    def once(self, key, make: Callable[[], Any]):
+        """Return what `make` returned when this run asked for the key first."""
+        if key not in self.kept:
+            self.kept[key] = make()
+        return self.kept[key]
 
     def area_of(self, uuid) -> Area | None:
         """Return the area that a conditioning runs on; None for the whole picture."""

@@ -89,10 +89,12 @@ class _Clip:
     """The clip of one run, and its ControlNets cut to parts of it, kept for the evaluations at one sigma.
 
     was_cut: whether some evaluation of the run was on a part of the clip.
+    kept: of every `RunInfo` of the run.
     """
 
     frames: int
     was_cut: bool = False
+    kept: dict[Any, Any] = field(default_factory=dict)
     sigma: float = -1.0
     controls: dict[tuple[int, ...], dict[int, Any]] = field(default_factory=dict)
 
@@ -152,7 +154,7 @@ def _evaluate(clip: _Clip, executor, model, conds, x_in: Tensor, timestep: Tenso
 
     areas = {cond["uuid"]: inside(*cond["area"]) for some in conds for cond in some or [] if "area" in cond}
     whole = tuple(range(clip.frames))
-    info = RunInfo(sigma, size, areas, whole if frames is None else frames)
+    info = RunInfo(sigma, size, areas, whole if frames is None else frames, clip.kept)
     # Advanced-ControlNet keeps the hints of the part before unless the whole clip is named frame by frame.
     named = whole if frames is None and clip.was_cut else frames
     ad_params = ad_params_of(model_options["transformer_options"], named, clip.frames)

@@ -5,14 +5,15 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.testing import assert_close
 
-from cove.attention import correspondence_attention
+from cove.attention import attend_to_sets, attention_sets
 from cove.correspondence import find_correspondence
 from evidence.patterns.clips import MOTIONS
 from evidence.patterns.edits import GRAIN, KINDS, Edit, random_edit
 from evidence.patterns.scenes import FREE, caption
-from evidence.tables.alternatives import ALTERNATIVES, gathered, matches_of
+from evidence.tables.alternatives import ALTERNATIVES, alternative, gathered, matches_of
 from evidence.tables.scores import MARGIN, agreement, detail_of, region, scores_of, true_flow
 from tests.method_helpers import generator, randn
 
@@ -73,7 +74,7 @@ def test_detail_of_is_what_a_blur_removes():
 @pytest.mark.parametrize("motion", MOTIONS)
 def test_agreement_of_a_drawn_pattern_is_one_and_of_noise_zero(motion):
     edit = edit_of(3, KINDS[2], motion)
-    where, flow = region(edit.target, True, True, HEIGHT, WIDTH), true_flow(edit.target, HEIGHT, WIDTH)
+    where, flow = region(edit.target, True, True, HEIGHT, WIDTH), true_flow(edit.target, 1, HEIGHT, WIDTH)
     drawn = edit.target.draw(HEIGHT, WIDTH)
     assert agreement(detail_of(drawn, where), where, *flow) > 0.9
     assert abs(agreement(detail_of(randn(*drawn.shape), where), where, *flow)) < 0.05
@@ -101,61 +102,71 @@ def test_scores_of_unpatterned_frames_are_no_numbers():
     )
 
 
+def sets_of(frames: int = 3, still: bool = False) -> Tensor:
+    features = torch.ones(frames, 5, 7, 1) if still else randn(frames, 5, 7, 11)
+    return attention_sets(find_correspondence(features, 1 if still else 9, 1))
+
+
 @pytest.mark.parametrize("name", ALTERNATIVES)
 def test_alternatives_keep_identical_frames(name):
     tokens = randn(2, 1, 35, 22).expand(2, 3, 35, 22)
-    still, settings = find_correspondence(torch.ones(3, 5, 7, 1), 1, 1), (2, 0.0, [0, 1, 2], False)
-    assert_close(ALTERNATIVES[name]()(tokens, still, *settings), tokens, rtol=1e-5, atol=1e-5)
+    found = alternative(name, 7)(tokens, sets_of(still=True), 2, 0.0)
+    assert_close(found, tokens, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["returning", "blended", "sharper", "restored"])
-def test_alternatives_match_attention_where_they_do_not_differ(name):
-    """Every match returns if nothing moves; one match has all of the weight; half and half of equals."""
-    tokens, still = randn(2, 3, 35, 22), find_correspondence(torch.ones(3, 5, 7, 1), 1, 1)
-    settings = (2, 0.0, [0, 1, 2], False)
-    attended = correspondence_attention(tokens, still, *settings)
-    found = ALTERNATIVES[name]()(tokens, still, *settings)
-    if name == "returning":
-        assert_close(found, attended)
-    elif name == "blended":
-        assert_close(found, (tokens + attended) / 2)
-    else:
-        assert not torch.allclose(found, attended)
-        two = tokens[:, :2]
-        pair = find_correspondence(torch.ones(2, 5, 7, 1), 1, 1)
-        settings = (2, 0.0, [0, 1], False)
-        assert_close(ALTERNATIVES[name]()(two, pair, *settings), two.flip(1), rtol=1e-4, atol=1e-5)
+def test_returning_and_blended_are_attention_where_nothing_moves():
+    """Every match returns to its start."""
+    tokens, sets = randn(2, 3, 35, 22), sets_of(still=True)
+    attended = attend_to_sets(tokens, sets, 2, 0.0)
+    assert_close(alternative("returning", 7)(tokens, sets, 2, 0.0), attended)
+    assert_close(alternative("blended", 7)(tokens, sets, 2, 0.0), (tokens + attended) / 2)
+
+
+@pytest.mark.parametrize("name", ["sharper", "restored"])
+def test_sharper_and_restored_take_the_only_match(name):
+    tokens, sets = randn(2, 2, 35, 22), sets_of(2, still=True)
+    assert_close(alternative(name, 7)(tokens, sets, 2, 0.0), tokens.flip(1), rtol=1e-4, atol=1e-5)
+    tokens, sets = randn(2, 3, 35, 22), sets_of(still=True)
+    assert not torch.allclose(alternative(name, 7)(tokens, sets, 2, 0.0), attend_to_sets(tokens, sets, 2, 0.0))
 
 
 def test_returning_keeps_tokens_whose_matches_do_not_return():
-    features = randn(3, 5, 7, 11)
-    found = find_correspondence(features, 9, 1)
-    tokens = randn(1, 3, 35, 22)
-    made = ALTERNATIVES["returning"]()(tokens, found, 2, 0.0, [0, 1, 2], False)
-    matches = matches_of(found, [0, 1, 2])
+    sets, tokens = sets_of(), randn(1, 3, 35, 22)
+    made, matches = alternative("returning", 7)(tokens, sets, 2, 0.0), matches_of(sets)
+    kinds = set()
     for i in range(3):
         for token in range(35):
-            back = [matches[j, i, matches[i, j, token]] for j in range(3) if j != i]
-            near = [math.hypot(int(b) % 7 - token % 7, int(b) // 7 - token // 7) <= 1 for b in back]
-            if not any(near):
+            back = {j: int(matches[j, i, matches[i, j, token]]) for j in range(3) if j != i}
+            near = [j for j, at in back.items() if math.hypot(at % 7 - token % 7, at // 7 - token // 7) <= 1]
+            kinds.add(len(near))
+            if not near:
                 assert_close(made[0, i, token], tokens[0, i, token])
-            elif sum(near) == 1:
-                j = [j for j in range(3) if j != i][near.index(True)]
-                assert_close(made[0, i, token], tokens[0, j, matches[i, j, token]])
+            elif len(near) == 1:
+                assert_close(made[0, i, token], tokens[0, near[0], matches[i, near[0], token]])
+    assert kinds >= {0, 1}
 
 
 def test_reference_frame_gives_every_frame_the_tokens_of_one():
-    found, tokens = find_correspondence(randn(3, 5, 7, 11), 9, 1), randn(1, 3, 35, 22)
-    matches = matches_of(found, [0, 1, 2])
-    made = ALTERNATIVES["reference frame, fixed"]()(tokens, found, 2, 0.0, [0, 1, 2], False)
+    sets, tokens = sets_of(), randn(1, 3, 35, 22)
+    matches = matches_of(sets)
+    made = alternative("reference frame, fixed", 7)(tokens, sets, 2, 0.0)
     assert_close(made, torch.stack([tokens[:, 1][:, matches[i, 1]] for i in range(3)], 1))
-    redrawn = ALTERNATIVES["reference frame, redrawn"]()
-    seen = {tuple(redrawn(tokens, found, 2, 0.0, [0, 1, 2], False)[0, :, 0, 0].tolist()) for _ in range(20)}
+    redrawn = alternative("reference frame, redrawn", 7)
+    seen = {tuple(redrawn(tokens, sets, 2, 0.0)[0, :, 0, 0].tolist()) for _ in range(20)}
     assert len(seen) == 3
 
 
 def test_most_typical_is_one_of_the_set():
-    found, tokens = find_correspondence(randn(3, 5, 7, 11), 9, 1), randn(1, 3, 35, 22)
-    made = ALTERNATIVES["most typical"]()(tokens, found, 2, 0.0, [0, 1, 2], False)
-    sets = gathered(tokens, matches_of(found, [0, 1, 2]))
-    assert (sets == made[..., None, :]).all(-1).any(-1).all()
+    sets, tokens = sets_of(), randn(1, 3, 35, 22)
+    made = alternative("most typical", 7)(tokens, sets, 2, 0.0)
+    members = torch.cat([tokens[:, :, :, None], gathered(tokens, sets)], 3)
+    assert (members == made[..., None, :]).all(-1).any(-1).all()
+
+
+def test_matches_of_are_those_of_the_correspondence():
+    found = find_correspondence(randn(3, 5, 7, 11), 9, 1)
+    matches = matches_of(attention_sets(found))
+    for i in range(3):
+        for j in range(3):
+            expected = torch.arange(35) if i == j else found.follow(i, [j])[:, 0, 0]
+            assert_close(matches[i, j], expected)
