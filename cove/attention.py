@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from .correspondence import Correspondence
+from .kernels import AUTO, use_triton
 from .merging import bipartite_order, merge_weights, removed_tokens
 
 # Bytes of working memory: on a CPU what stays in its cache, elsewhere what keeps a GPU busy.
@@ -118,20 +119,26 @@ def attention_sets(
 
 
 def attend_to_sets(
-    tokens: Tensor, sets: Tensor, heads: int, merge_ratio: float = 0.5, memory_budget: int | None = None
+    tokens: Tensor,
+    sets: Tensor,
+    heads: int,
+    merge_ratio: float = 0.5,
+    memory_budget: int | None = None,
+    kernel: str = AUTO,
 ) -> Tensor:
     """Let each token attend to its set, merged by bipartite soft matching: Eq. 12-14.
 
-    Tokens are processed in chunks that fit the memory budget, so that the gathered sets of all tokens never exist at
-    once.
+    With torch, tokens are processed in chunks that fit the memory budget, so that the gathered sets of all tokens never
+    exist at once. The Triton kernel gathers nothing to memory.
 
     Args:
         tokens: [batch, frames, height*width, channels], any float dtype.
         sets: of `attention_sets`, on the device of the tokens.
         heads: channels are split into this many.
         merge_ratio: share of each set that merging takes away, 0 to 0.5.
-        memory_budget: bytes that the working memory may take beside input and result; by default 8 MiB on a CPU and
+        memory_budget: bytes that torch's working memory may take beside input and result; by default 8 MiB on a CPU and
             256 MiB elsewhere.
+        kernel: "auto", "triton" or "torch"; see `cove.kernels.use_triton`.
 
     Returns:
         Of the same shape and dtype; the tokens themselves if the sets are empty.
@@ -145,6 +152,10 @@ def attend_to_sets(
     removed = removed_tokens(members, merge_ratio)
     if members == 0:
         return tokens
+    if use_triton(kernel, tokens.device, tokens.dtype):
+        from .kernels import attend  # imports Triton, which not every machine has
+
+        return attend.attend_to_sets(tokens, sets, heads, removed)
     flat = tokens.flatten(1, 2)
     inverse_norm = torch.linalg.vector_norm(flat, dim=-1, dtype=torch.float32).clamp_min(1e-12).reciprocal()
     result = torch.empty_like(tokens)

@@ -22,6 +22,9 @@ from tests.helpers import state_of
 from tests.inversion_helpers import invert, tiny
 from tests.random_models import FAMILIES, write_checkpoint, write_controlnet
 
+if not torch.cuda.is_available():  # Triton's interpreter runs kernels on the CPU; Triton reads this when it is imported
+    os.environ["TRITON_INTERPRET"] = "1"
+
 
 def pytest_addoption(parser):
     parser.addoption("--record-host", action="store_true", help="record what the pack uses of this ComfyUI")
