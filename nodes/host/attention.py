@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,7 @@ from torch import Tensor
 from ...cove.attention import attend_to_sets, attention_sets, spatial_temporal_attention
 from ...cove.correspondence import Correspondence
 from ...cove.fingerprint import fingerprint
+from ...cove.kernels import AUTO, KERNELS
 from . import options
 from .checks import check_no_reference, check_rows, check_slots, other_batch, other_tokens
 from .errors import naming
@@ -26,6 +28,7 @@ from .unet import Block, grid_at, self_attention_levels, unet_of
 
 # sigma_start and sigma_end of a patch that is on from 0 % to 100 %.
 WHOLE_RUN = (999999999.9, 0.0)
+KERNEL = "COVE_KERNEL"  # environment variable that forces or forbids the Triton kernel
 
 
 def attend_with(query: Tensor, transformer_options: Mapping[str, Any], jointly: int = 1) -> Callable[..., Tensor]:
@@ -48,6 +51,7 @@ class GuidedSelfAttention:
     """Immutable attn1 replacement for the blocks of one level.
 
     node: the class of the node, for errors.
+    kernel: of `cove.attention.attend_to_sets`.
     """
 
     correspondence: Correspondence | None  # None: spatial-temporal attention alone
@@ -58,6 +62,7 @@ class GuidedSelfAttention:
     include_self: bool
     level: int
     node: type
+    kernel: str
 
     def __deepcopy__(self, memo: dict) -> GuidedSelfAttention:
         """Itself: MODEL.clone() copies its options deeply, and the correspondence is large."""
@@ -121,7 +126,7 @@ class GuidedSelfAttention:
             return attention_sets(part, frames, self.include_self).to(clips.device)
 
         key = (id(self.correspondence), self.include_self, frames, area, clips.device)
-        return attend_to_sets(clips, info.once(key, sets), heads, self.merge_ratio)
+        return attend_to_sets(clips, info.once(key, sets), heads, self.merge_ratio, kernel=self.kernel)
 
 
 def _frames_of(clips: Tensor, frames: Sequence[int], wanted: Sequence[int]) -> Tensor:
@@ -147,9 +152,12 @@ def guide_self_attention(
     check_slots(model.model_options)
     sampling = model.get_model_object("model_sampling")
     start, end = (sampling.percent_to_sigma(percent) for percent in (start_percent, end_percent))
+    kernel = _chosen_kernel()
     # percent_to_sigma(1.0) is 0; the smallest sigma sampled is above it.
     patches = {
-        block: GuidedSelfAttention(correspondence, merge_ratio, all_frames, start, end, include_self, level, node)
+        block: GuidedSelfAttention(
+            correspondence, merge_ratio, all_frames, start, end, include_self, level, node, kernel
+        )
         for block, level in levels.items()
     }
     for block, patch in patches.items():
@@ -158,6 +166,14 @@ def guide_self_attention(
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, options.RUN, partial(_check_run, node, patches))
     publish_run(model)
     return model
+
+
+def _chosen_kernel() -> str:
+    """Return the value of the environment variable `KERNEL`."""
+    kernel = os.environ.get(KERNEL, AUTO)
+    if kernel not in KERNELS:
+        raise ValueError(f"the environment variable {KERNEL} must be {', '.join(KERNELS)} or unset, got {kernel!r}")
+    return kernel
 
 
 def guidance_of(model_options: dict[str, Any]) -> dict[str, str] | None:
