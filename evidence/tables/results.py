@@ -12,8 +12,10 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 
+from benchmarks.kernel_report import GPUS, TARGETS, VARIANTS, Call, Variant, spatial_temporal_seconds
 from scripts.host import PACK
 
 from .demo import digest_of
@@ -277,6 +279,33 @@ def injection_cost() -> str:
     return rows(["storage", *seconds, "working memory", "stored per step"], lines)
 
 
+def kernel_report() -> str:
+    found = records("kernel_report")
+    lines = []
+    for variant in VARIANTS:
+        merged = f"{variant.merge_ratio:.0%} merged" if variant.merge_ratio else "not merged"
+        line = [f"{variant.heads}x{variant.width}", variant.dtype, f"{variant.members}, {merged}"]
+        for target in TARGETS:
+            (one,) = [m for case, m in found if case.items() >= (asdict(variant) | {"target": target}).items()]
+            line.append(f"{one['registers']} / {one['shared'] // 1024} / {one['spilled']}")
+        lines.append(line)
+    return rows(["heads", "dtype", "set", *(f"sm_{target}" for target in TARGETS)], lines)
+
+
+def kernel_estimate() -> str:
+    lines = []
+    for frames in (4, 8, 16, 32, 64):
+        variant = Variant(frames=frames)
+        call = Call.of(variant)
+        line = [str(frames), f"{call.memory / 1e9:.2f} GB", f"{call.gathered / 1e9:.1f} GB"]
+        line += [f"{call.products / 1e12:.2f} e12", f"{call.single / 1e12:.2f} e12"]
+        for gpu in GPUS.values():
+            seconds, before = call.seconds(gpu), spatial_temporal_seconds(variant, gpu)
+            line.append(f"{1000 * seconds:.1f} ms ({100 * seconds / before:.1f} %)")
+        lines.append(line)
+    return rows(["frames", "memory", "gathered", "products", "float32", *GPUS], lines)
+
+
 TABLES: tuple[Callable[[], str], ...] = (
     measured_on,
     samples,
@@ -292,6 +321,8 @@ TABLES: tuple[Callable[[], str], ...] = (
     correspondence_cost,
     attention_cost,
     injection_cost,
+    kernel_estimate,
+    kernel_report,
 )
 
 
