@@ -14,7 +14,7 @@ from .clips import random_clip
 from .scenes import FREE, paint_for
 from .world import Look
 
-KINDS = ("patterned thing", "paved ground", "patterned thing on a paved ground", "tinted thing")
+KINDS = ("patterned things", "paved ground", "patterned things on a paved ground", "tinted things")
 GRAIN = 0.03  # standard deviation of the source's noise; without any, DDIM inversion of flat areas is degenerate
 
 
@@ -24,7 +24,7 @@ class Edit:
 
     source: Clip
     target: Clip
-    on_thing: bool
+    on_things: bool
     on_ground: bool
 
     def draw_source(self, height: int, width: int, generator: Generator) -> Tensor:
@@ -34,7 +34,9 @@ class Edit:
 
 
 def random_edit(generator: Generator, kind: str, motion: str, frames: int, height: int, width: int) -> Edit:
-    """Draw a clip with one plain thing of a named colour on a plain, cloudy or tiled ground, and an edit of it.
+    """Draw a clip with two equal things of a named colour on a plain, cloudy or tiled ground, and an edit of it.
+
+    The model draws one motif on both, which takes self-attention; on a single thing it follows the noise.
 
     Args:
         kind: one of `KINDS`.
@@ -42,21 +44,23 @@ def random_edit(generator: Generator, kind: str, motion: str, frames: int, heigh
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    clip = random_clip(generator, frames, motion, height, width, things=1)
-    ((thing,), ground) = clip.scenes[0].things, clip.scenes[0].ground
+    clip = random_clip(generator, frames, motion, height, width)
+    while len(clip.scenes[0].things) != 2 or len({thing.kind for thing in clip.scenes[0].things}) > 1:
+        clip = random_clip(generator, frames, motion, height, width)
+    (thing, _), ground = clip.scenes[0].things, clip.scenes[0].ground
     named = [colour for colour in COLOURS if colour not in (thing.look.colour, ground.colour)]
     look = replace(thing.look, texture="plain")
     if look.colour == FREE:
         colour = pick(named, generator)
         look = replace(look, colour=colour, paint=paint_for(colour, generator))
     source = with_look(clip, look).with_ground(kind=pick(GROUNDS, generator))
-    if kind == "tinted thing":
+    if kind == "tinted things":
         wanted = replace(look, colour=FREE, paint=paint_for(FREE, generator))
     else:
         wanted = replace(look, texture="patterned")
-    on_thing, on_ground = "thing" in kind, "ground" in kind
-    target = with_look(source, wanted) if on_thing else source
-    return Edit(source, target.with_ground(kind="paved") if on_ground else target, on_thing, on_ground)
+    on_things, on_ground = "things" in kind, "ground" in kind
+    target = with_look(source, wanted) if on_things else source
+    return Edit(source, target.with_ground(kind="paved") if on_ground else target, on_things, on_ground)
 
 
 def with_look(clip: Clip, look: Look) -> Clip:

@@ -108,7 +108,7 @@ def scores_of(edit: Edit, made: Tensor, drawn: Tensor) -> dict[str, float]:
     """
     height, width = made.shape[1:3]
     clip = edit.target
-    where = region(clip, edit.on_thing, edit.on_ground, height, width)
+    where = region(clip, edit.on_things, edit.on_ground, height, width)
     flow, seen = true_flow(clip, len(made) // 2, height, width)
     found, wanted = detail_of(made, where), detail_of(drawn, where)
     steps = APART * torch.tensor([(1, 0), (-1, 0), (0, 1), (0, -1)])

@@ -29,12 +29,13 @@ def test_random_edit_changes_what_its_kind_says(kind):
     for seed in range(20):
         edit = edit_of(seed, kind)
         source, target = (clip.scenes[0] for clip in (edit.source, edit.target))
-        (before,), (after,) = source.things, target.things
+        (before, twin), (after, _) = source.things, target.things
+        assert before.kind == twin.kind and len({thing.kind for thing in target.things}) == 1
         assert before.look.texture == "plain" and before.look.colour != FREE and source.ground.kind != "paved"
         assert (target.ground.kind == "paved") == edit.on_ground == ("ground" in kind)
-        assert (after.look != before.look) == edit.on_thing == ("thing" in kind)
+        assert (after.look != before.look) == edit.on_things == ("things" in kind)
         assert (after.look.texture == "patterned") == kind.startswith("patterned")
-        assert (after.look.colour == FREE) == (kind == "tinted thing")
+        assert (after.look.colour == FREE) == (kind == "tinted things")
         assert caption(source) != caption(target)
         for one, other in zip(edit.source.scenes, edit.target.scenes, strict=True):
             assert_close(*(torch.stack(s.tracks(0, 7, 11)[:1]) for s in (edit.source, edit.target)))
@@ -96,7 +97,7 @@ def test_scores_of_a_blurred_clip_gain_nothing():
 
 
 def test_scores_of_unpatterned_frames_are_no_numbers():
-    edit = edit_of(5, "patterned thing")
+    edit = edit_of(5, "patterned things")
     assert math.isnan(
         scores_of(edit, torch.zeros(FRAMES, HEIGHT, WIDTH, 3), edit.target.draw(HEIGHT, WIDTH))["agreement"]
     )
