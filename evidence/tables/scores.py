@@ -19,7 +19,7 @@ from ..drawing import pixels
 from ..patterns.edits import Edit
 
 SCALE = 6.0  # standard deviation in pixels of the blur that detail is the difference to: a cell of a mosaic
-MARGIN = 4  # pixels at the edges of things and of the frame that do not count: outlines are drawn there
+MARGIN = 3  # pixels at the edges of things and of the frame that do not count: outlines are drawn there
 APART = 8  # pixels between the points that are compared for the level of chance
 
 
@@ -102,6 +102,8 @@ def scores_of(edit: Edit, made: Tensor, drawn: Tensor) -> dict[str, float]:
     - drift: root mean square deviation of colours along their tracks, as a share of the standard deviation between
       points of a frame; a blurred clip does not gain.
 
+    A score is NaN where nothing of the region can be followed.
+
     Args:
         made: the edited frames, [frames, height, width, 3].
         drawn: the target as the model's autoencoder decodes it.
@@ -116,11 +118,12 @@ def scores_of(edit: Edit, made: Tensor, drawn: Tensor) -> dict[str, float]:
     known = [value for value in chance if not math.isnan(value)]
     places, visible = clip.tracks(len(clip.scenes) // 2, height, width)
     visible = visible & where[len(clip.scenes) // 2]
-    spread = torch.stack([frame[inside].double().var(0).mean() for frame, inside in zip(made, where, strict=True)])
-    contrast = float(spread.nanmean().sqrt())  # a frame can show nothing of the region
+    shown = [frame[inside].double() for frame, inside in zip(made, where, strict=True) if inside.sum() > 1]
+    contrast = float(torch.stack([colours.var(0).mean() for colours in shown]).mean().sqrt()) if shown else 0.0
+    followed = bool((visible & (visible.sum(0) > 1)).any())
     return {
         "agreement": agreement(found, where, flow, seen),
         "chance": sum(known) / len(known) if known else math.nan,
         "detail": float((found[where].square().mean() / wanted[where].square().mean()).sqrt()),
-        "drift": colour_drift(made, places, visible) / contrast if contrast else math.nan,
+        "drift": colour_drift(made, places, visible) / contrast if contrast and followed else math.nan,
     }
