@@ -303,3 +303,15 @@ def test_feature_injection_survives_clones_without_copying_the_features(small, n
     wrappers = copy.deepcopy(clone.get_wrappers("calc_cond_batch", "cove_injection"))
     assert [wrapper.args[0].source.inversion for wrapper in wrappers] == [inversion]
     assert torch.equal(sample(nodes, clone, noise), sample(nodes, model, noise))
+
+
+def test_feature_injection_leaves_the_source_at_its_last_site(small, nodes):
+    """In each step the source runs first, up to the last site; the edit's calls run to the end."""
+    noise, inversion = invert(nodes, small)
+    for settings, reached in ((ALL, SITES), ({"resnet_blocks": "0", "attention_blocks": "none"}, ["resnet.0.0"])):
+        with watched(small) as calls:
+            sample(nodes, inject(nodes, small, inversion, **settings), noise)
+        assert [len(call.latents) for call in calls] == [len(calls[0].latents), 2 * len(calls[0].latents)] * 3
+        for source, edit in zip(calls[::2], calls[1::2], strict=True):
+            assert sorted(edit.at) == sorted(SITES)
+            assert source.at.keys() < edit.at.keys() and len(source.at) == len(reached) - 1  # left inside the last one

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -61,12 +61,20 @@ def bytes_of(model, sites: tuple[Site, ...], size: tuple[int, int]) -> int:
 # --- capture and injection in the UNet ---
 
 
+class AllCaptured(Exception):
+    """Ends a call of the UNet whose result is not used."""
+
+
 @dataclass(eq=False)
 class Capture:
-    """Collects the features at some sites when the UNet runs on the frames of a clip, or on windows of it."""
+    """Collects the features at some sites when the UNet runs on the frames of a clip, or on windows of it.
+
+    only: whether the UNet runs for nothing else. It is left with `AllCaptured` then, before the rest of the decoder.
+    """
 
     sites: frozenset[str]
     node: type
+    only: bool = False
     captured: dict[Frames, dict[str, Tensor]] = field(default_factory=dict)
     prompt: Any = None  # the uuid of the conditioning that ran
 
@@ -94,7 +102,10 @@ class Capture:
         if str(site) in self.sites:
             self.prompt = one_prompt(transformer_options, self.prompt, self.node)
             # The first pass is the source's. Guidance such as PAG runs the UNet again with something changed in it.
-            self.captured.setdefault(frames_in(transformer_options), {}).setdefault(str(site), value)
+            captured = self.captured.setdefault(frames_in(transformer_options), {})
+            captured.setdefault(str(site), value)
+            if self.only and captured.keys() == self.sites:
+                raise AllCaptured
         return value
 
 
@@ -277,9 +288,11 @@ def _run_injected(injection: _Injection, executor, model, conds, x_in: Tensor, t
         if computed.step != step:
             computed.step, computed.features = step, {}
         if frames not in computed.features:
-            capture = Capture(frozenset(names), node)
+            # A second entry of the prompt must get the chance to be refused.
+            capture = Capture(frozenset(names), node, only=len(injection.source.conditioning) == 1)
             published = {options.FEATURES: capture}
-            injection.source.run(executor, model, step, x_in, timestep, model_options, **published)
+            with suppress(AllCaptured):
+                injection.source.run(executor, model, step, x_in, timestep, model_options, **published)
             capture.check(sigma)
             computed.features[frames] = capture.captured
         features = computed.features[frames]
