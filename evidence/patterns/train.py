@@ -53,8 +53,9 @@ SIZE = Size(
     autoencoder_steps=1000,
     stages=(
         Stage(64, batch=64, fresh=16, steps=4000, rate=8e-4, fall=0.3, focus=(200, 800)),
-        Stage(128, batch=24, fresh=6, steps=6000, rate=6e-4, fall=0.5, focus=(200, 800)),
-        Stage(192, batch=12, fresh=4, steps=3000, rate=3e-4, fall=1.0, focus=(200, 800)),
+        Stage(128, batch=24, fresh=6, steps=1500, rate=6e-4, fall=0.1, focus=(200, 800)),  # patterns
+        Stage(128, batch=24, fresh=6, steps=3500, rate=5.7e-4, fall=0.7, focus=(400, 1000)),  # shapes
+        Stage(192, batch=12, fresh=4, steps=1500, rate=3e-4, fall=1.0, focus=(400, 1000)),
     ),
 )
 
