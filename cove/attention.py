@@ -43,6 +43,43 @@ def spatial_temporal_attention(
     return rearrange(attend(*clips, heads), "b (f n) c -> (b f) n c", f=frames)
 
 
+def key_frame_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    frames: int,
+    heads: int,
+    key_frames: Sequence[int],
+    attend: Callable[..., Tensor] = sdpa,
+) -> Tensor:
+    """Compute self-attention in which every token attends to its own frame and to the key frames.
+
+    Its time grows with frames * (key frames + 1). It equals `spatial_temporal_attention` if all are key frames, and
+    self-attention of each frame if none is.
+
+    Args:
+        query, key, value, frames, heads, attend: of `spatial_temporal_attention`.
+        key_frames: positions in a clip.
+
+    Returns:
+        [batch*frames, tokens, channels].
+    """
+    queries, keys, values = (rearrange(x, "(b f) n c -> f b n c", f=frames) for x in (query, key, value))
+    others = [frame for frame in range(frames) if frame not in key_frames]
+    made = {}
+    if key_frames:
+        # Slices, not an index: a GPU would be waited for.
+        shared = [torch.cat([x[frame] for frame in key_frames], 1) for x in (queries, keys, values)]
+        jointly = attend(*shared, heads).chunk(len(key_frames), 1)
+        made |= zip(key_frames, jointly, strict=True)
+    for frame in others:
+        own = keys[frame], values[frame]
+        if key_frames:
+            own = [torch.cat(pair, 1) for pair in zip(own, shared[1:], strict=True)]
+        made[frame] = attend(queries[frame], *own, heads)
+    return rearrange([made[frame] for frame in range(frames)], "f b n c -> (b f) n c")
+
+
 def correspondence_attention(
     tokens: Tensor,
     correspondence: Correspondence,

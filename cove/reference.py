@@ -107,6 +107,20 @@ def spatial_temporal_attention(query: Tensor, key: Tensor, value: Tensor, frames
     return result
 
 
+def key_frame_attention(
+    query: Tensor, key: Tensor, value: Tensor, frames: int, heads: int, key_frames: list[int]
+) -> Tensor:
+    """`cove.attention.key_frame_attention`, query by query; [batch*frames, tokens, channels]."""
+    result = torch.empty_like(query)
+    for n in range(query.shape[0]):
+        first = n // frames * frames
+        seen = sorted({n, *(first + frame for frame in key_frames)})
+        keys, values = (torch.cat([x[j] for j in seen]) for x in (key, value))
+        for p in range(query.shape[1]):
+            result[n, p] = attend(query[n, p], keys, values, heads)
+    return result
+
+
 def correspondence_attention(
     tokens: Tensor,
     correspondence: Correspondence,

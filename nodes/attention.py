@@ -6,8 +6,6 @@ from comfy_api.v0_0_2 import io
 
 from . import host
 
-ALL_FRAMES, OWN_FRAME = "all frames", "own frame"
-
 
 def _percent(name: str, default: float, what: str) -> io.Float.Input:
     tooltip = (
@@ -40,10 +38,10 @@ class CorrespondenceAttention(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "spatial_temporal",
-                    options=[ALL_FRAMES, OWN_FRAME],
-                    default=ALL_FRAMES,
-                    tooltip=f"{ALL_FRAMES}: every token attends to every frame first, as in the paper; time grows with "
-                    f"the square of the number of frames. {OWN_FRAME}: to its own frame only; faster, less consistent.",
+                    options=list(host.attention.STRIDES),
+                    default=host.attention.ALL_FRAMES,
+                    tooltip="The frames that every token attends to first, beside its own. The paper uses all; time "
+                    "grows with their number times the number of frames. Fewer are faster and less consistent.",
                 ),
                 _percent("start_percent", 0.0, "starts; a larger value leaves the noisiest steps unchanged"),
                 _percent("end_percent", 1.0, "ends; a smaller value leaves the last steps, the details, unchanged"),
@@ -68,8 +66,8 @@ class CorrespondenceAttention(io.ComfyNode):
     def execute(
         cls, model, merge_ratio, spatial_temporal, start_percent, end_percent, include_self, correspondence=None
     ) -> io.NodeOutput:
-        all_frames = spatial_temporal == ALL_FRAMES
-        settings = (merge_ratio, all_frames, start_percent, end_percent, include_self)
+        stride = host.attention.STRIDES[spatial_temporal]
+        settings = (merge_ratio, stride, start_percent, end_percent, include_self)
         return io.NodeOutput(host.attention.guide_self_attention(model, correspondence, *settings, cls))
 
 

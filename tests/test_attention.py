@@ -5,7 +5,14 @@ import torch
 from torch.testing import assert_close
 
 from cove import reference
-from cove.attention import attend_to_sets, attention_sets, correspondence_attention, sdpa, spatial_temporal_attention
+from cove.attention import (
+    attend_to_sets,
+    attention_sets,
+    correspondence_attention,
+    key_frame_attention,
+    sdpa,
+    spatial_temporal_attention,
+)
 from cove.correspondence import find_correspondence
 from tests.method_helpers import DEVICES, Held, half_is_as_good, randn
 
@@ -118,6 +125,32 @@ def test_spatial_temporal_attention_matches_reference(frames):
     query, key, value = randn(3, 2 * frames, 5, 22)
     expected = reference.spatial_temporal_attention(query, key, value, frames, 2)
     assert_close(spatial_temporal_attention(query, key, value, frames, 2), expected)
+
+
+@pytest.mark.parametrize("key_frames", [[], [2], [0, 3], [3, 1, 0], [0, 1, 2, 3, 4]])
+def test_key_frame_attention_matches_reference(key_frames):
+    query, key, value = randn(3, 2 * 5, 7, 22)
+    expected = reference.key_frame_attention(query, key, value, 5, 2, key_frames)
+    assert_close(key_frame_attention(query, key, value, 5, 2, key_frames), expected)
+
+
+def test_key_frame_attention_of_all_frames_and_of_none():
+    query, key, value = randn(3, 2 * 5, 7, 22)
+    joint = spatial_temporal_attention(query, key, value, 5, 2)
+    assert torch.equal(key_frame_attention(query, key, value, 5, 2, range(5)), joint)
+    assert_close(key_frame_attention(query, key, value, 5, 2, []), sdpa(query, key, value, 2))
+
+
+def test_key_frame_attention_counts_fewer_pairs_of_tokens():
+    """Two key frames of six: 2 x 2 frames jointly, then 4 x 3."""
+    pairs = []
+
+    def attend(query, key, value, heads):
+        pairs.append(query.shape[1] * key.shape[1])
+        return sdpa(query, key, value, heads)
+
+    key_frame_attention(*randn(3, 6, 7, 22), 6, 2, [0, 4], attend)
+    assert sum(pairs) == 7 * 7 * (2 * 2 + 4 * 3)
 
 
 def test_spatial_temporal_attention_of_one_frame_is_self_attention():

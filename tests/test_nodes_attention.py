@@ -61,12 +61,13 @@ def recorded(host_module, monkeypatch):
     return calls
 
 
-def reference(cove, seen, correspondence, merge_ratio=0.5, window=None, all_frames=True, include_self=False):
+def reference(cove, seen, correspondence, merge_ratio=0.5, window=None, stride=1, include_self=False):
     """Return the expected result of a recorded call, computed in plain loops."""
     heads, conds = seen.options["n_heads"], len(seen.options["cond_or_uncond"])
     frames = seen.qkv[0].shape[0] // conds
-    plain = cove.reference.spatial_temporal_attention
-    tokens = plain(*seen.qkv, frames if all_frames else 1, heads)
+    numbers = range(frames) if window is None else window
+    seen_by_all = [place for place, frame in enumerate(numbers) if stride and frame % stride == 0]
+    tokens = cove.reference.key_frame_attention(*seen.qkv, frames, heads, seen_by_all)
     if correspondence is None or seen.options["activations_shape"][2:] != [correspondence.height, correspondence.width]:
         return tokens
     clips = tokens.unflatten(0, (conds, frames))
@@ -80,6 +81,8 @@ def reference(cove, seen, correspondence, merge_ratio=0.5, window=None, all_fram
         (0.5, "all frames", False, LEVEL_0),
         (0.5, "all frames", True, LEVEL_0),
         (0.0, "own frame", False, LEVEL_0),
+        (0.5, "every 2nd frame", False, LEVEL_0),
+        (0.5, "every 4th frame", False, None),
         (0.25, "all frames", False, LEVEL_1),
         (0.5, "all frames", False, None),
     ],
@@ -94,8 +97,8 @@ def test_correspondence_attention_matches_reference_in_every_block(
     grids = [tuple(seen.options["activations_shape"][2:]) for seen in recorded]
     assert grids == [LEVEL_0, LEVEL_1, LEVEL_1, LEVEL_1, LEVEL_1, LEVEL_0, LEVEL_0]
     for seen in (recorded[0], recorded[2], recorded[-1]):
-        all_frames = spatial_temporal == "all frames"
-        expected = reference(cove, seen, correspondence, **settings, all_frames=all_frames)
+        stride = {"all frames": 1, "every 2nd frame": 2, "every 4th frame": 4, "own frame": None}[spatial_temporal]
+        expected = reference(cove, seen, correspondence, **settings, stride=stride)
         assert_close(seen.result, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -44,7 +44,7 @@ class Run:
             found = sys.modules[cove.correspondence.__package__ + ".refine"].refine(
                 found, torch.empty(frames, HEIGHT, WIDTH, 11)
             )
-        defaults = {"merge_ratio": 0.5, "all_frames": False, "sigma_start": 99.0, "sigma_end": 0.0}
+        defaults = {"merge_ratio": 0.5, "stride": None, "sigma_start": 99.0, "sigma_end": 0.0}
         defaults |= {"include_self": False, "level": 0, "node": SimpleNamespace, "kernel": "torch"}
         self.patch = attention.GuidedSelfAttention(found, **defaults | settings)
         self.attention, self.frames, self.areas, self.kept = attention, frames, areas, {}

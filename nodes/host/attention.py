@@ -15,7 +15,7 @@ from comfy.ldm.modules import attention
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...cove.attention import attend_to_sets, attention_sets, spatial_temporal_attention
+from ...cove.attention import attend_to_sets, attention_sets, key_frame_attention
 from ...cove.correspondence import Correspondence
 from ...cove.fingerprint import fingerprint
 from ...cove.kernels import AUTO, KERNELS
@@ -28,6 +28,9 @@ from .unet import Block, grid_at, self_attention_levels, unet_of
 
 # sigma_start and sigma_end of a patch that is on from 0 % to 100 %.
 WHOLE_RUN = (999999999.9, 0.0)
+# The frames that all tokens see, as the node names them, and the stride of each choice.
+ALL_FRAMES, OWN_FRAME = "all frames", "own frame"
+STRIDES: dict[str, int | None] = {ALL_FRAMES: 1, "every 2nd frame": 2, "every 4th frame": 4, OWN_FRAME: None}
 KERNEL = "COVE_KERNEL"  # environment variable that forces or forbids the Triton kernel
 
 
@@ -50,13 +53,14 @@ def attend_with(query: Tensor, transformer_options: Mapping[str, Any], jointly: 
 class GuidedSelfAttention:
     """Immutable attn1 replacement for the blocks of one level.
 
+    stride: every n-th frame is seen by all tokens, 1 for all frames; None for the token's own frame only.
     node: the class of the node, for errors.
     kernel: of `cove.attention.attend_to_sets`.
     """
 
     correspondence: Correspondence | None  # None: spatial-temporal attention alone
     merge_ratio: float
-    all_frames: bool
+    stride: int | None
     sigma_start: float
     sigma_end: float
     include_self: bool
@@ -86,9 +90,11 @@ class GuidedSelfAttention:
         frames = len(info.frames)
         if query.shape[0] != conds * frames:
             raise other_batch(frames, conds, query.shape[0], self.node)
-        if self.all_frames:
+        if self.stride is not None:
             jointly = attend_with(query, transformer_options, frames)
-            tokens = spatial_temporal_attention(query, key, value, frames, heads, jointly)
+            # Frames of the clip, so that all windows see the same ones.
+            key_frames = [place for place, frame in enumerate(info.frames) if frame % self.stride == 0]
+            tokens = key_frame_attention(query, key, value, frames, heads, key_frames, jointly)
         else:
             tokens = attend(query, key, value, heads)
         matches = self.correspondence
@@ -140,7 +146,7 @@ def guide_self_attention(
     model,
     correspondence: Correspondence | None,
     merge_ratio: float,
-    all_frames: bool,
+    stride: int | None,
     start_percent: float,
     end_percent: float,
     include_self: bool,
@@ -155,9 +161,7 @@ def guide_self_attention(
     kernel = _chosen_kernel()
     # percent_to_sigma(1.0) is 0; the smallest sigma sampled is above it.
     patches = {
-        block: GuidedSelfAttention(
-            correspondence, merge_ratio, all_frames, start, end, include_self, level, node, kernel
-        )
+        block: GuidedSelfAttention(correspondence, merge_ratio, stride, start, end, include_self, level, node, kernel)
         for block, level in levels.items()
     }
     for block, patch in patches.items():
@@ -185,12 +189,14 @@ def guidance_of(model_options: dict[str, Any]) -> dict[str, str] | None:
     first = patches[0]
     matches = first.correspondence
     parts = [f"window {matches.window}, K {matches.k}, merge {first.merge_ratio:g}"] if matches is not None else []
-    parts += ["no correspondence"] * (matches is None) + ["own frame"] * (not first.all_frames)
+    parts += ["no correspondence"] * (matches is None) + [
+        name for name, stride in STRIDES.items() if stride == first.stride != 1
+    ]
     parts += ["include_self"] * first.include_self
     model_sigmas = first.sigma_start, first.sigma_end
     if model_sigmas != WHOLE_RUN:
         parts.append(f"sigma {first.sigma_start:.3g} to {first.sigma_end:.3g}")
-    settings = (first.merge_ratio, first.all_frames, *model_sigmas, first.include_self)
+    settings = (first.merge_ratio, first.stride, *model_sigmas, first.include_self)
     return {"name": f"Correspondence Attention ({', '.join(parts)})", "fingerprint": fingerprint(matches, settings)}
 
 
