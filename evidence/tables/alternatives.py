@@ -1,8 +1,7 @@
 """Alternatives to averaging over matches, measured in place of `cove.attention.attend_to_sets`.
 
-COVE's appendix asks for them. Each takes the same arguments and returns the same shape: tokens are
-[batch, frames, height*width, channels], and their sets, [frames, height*width, frames - 1], hold one match in every
-other frame. Nothing is merged.
+COVE's appendix asks for them. Each returns the shape of its tokens, [batch, frames, height*width, channels]. The sets,
+[frames, height*width, frames - 1], hold one match in every other frame. Nothing is merged.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Generator, Tensor
 
-Alternative = Callable[[Tensor, Tensor, int, float], Tensor]
+Alternative = Callable[[Tensor, Tensor, int], Tensor]
 
 
 def matches_of(sets: Tensor) -> Tensor:
@@ -52,25 +51,25 @@ class ReferenceFrame:
     def __init__(self, fixed: bool = False):
         self.fixed, self.generator = fixed, Generator().manual_seed(0)
 
-    def __call__(self, tokens: Tensor, sets: Tensor, heads: int, merge_ratio: float) -> Tensor:
+    def __call__(self, tokens: Tensor, sets: Tensor, heads: int) -> Tensor:
         frames = tokens.shape[1]
         reference = frames // 2 if self.fixed else int(torch.randint(frames, (), generator=self.generator))
         return tokens[:, reference][:, matches_of(sets)[:, reference]]
 
 
-def sharper(tokens: Tensor, sets: Tensor, heads: int, merge_ratio: float) -> Tensor:
+def sharper(tokens: Tensor, sets: Tensor, heads: int) -> Tensor:
     """Attention to the matches with larger differences between their weights."""
     return attend(tokens, gathered(tokens, sets), heads, sharpness=4.0)
 
 
-def most_typical(tokens: Tensor, sets: Tensor, heads: int, merge_ratio: float) -> Tensor:
+def most_typical(tokens: Tensor, sets: Tensor, heads: int) -> Tensor:
     """Return the one of a token and its matches that is nearest to their mean: nothing is averaged."""
     members = torch.cat([tokens[:, :, :, None], gathered(tokens, sets)], 3)
     nearest = F.cosine_similarity(members, members.mean(3, keepdim=True), dim=-1).argmax(-1)
     return members.gather(3, nearest[..., None, None].expand(*nearest.shape, 1, tokens.shape[-1]))[..., 0, :]
 
 
-def restored(tokens: Tensor, sets: Tensor, heads: int, merge_ratio: float) -> Tensor:
+def restored(tokens: Tensor, sets: Tensor, heads: int) -> Tensor:
     """Attention to the matches, with its deviation from the mean token scaled to that of the matches themselves."""
     members, middle = gathered(tokens, sets), tokens.mean((1, 2), keepdim=True)
     off = attend(tokens, members, heads) - middle
@@ -78,7 +77,7 @@ def restored(tokens: Tensor, sets: Tensor, heads: int, merge_ratio: float) -> Te
     return middle + off * (wanted / off.norm(dim=-1, keepdim=True).clamp_min(1e-6))
 
 
-def returning(tokens: Tensor, sets: Tensor, heads: int, merge_ratio: float, width: int) -> Tensor:
+def returning(tokens: Tensor, sets: Tensor, heads: int, width: int) -> Tensor:
     """Attention to the matches whose own best match lies within a token of the start; without any, the token itself.
 
     width: of the token grid.
@@ -97,7 +96,7 @@ def returning(tokens: Tensor, sets: Tensor, heads: int, merge_ratio: float, widt
     return torch.where(some, attend(tokens, gathered(tokens, sets), heads, keep=keep | ~some), tokens)
 
 
-def blended(tokens: Tensor, sets: Tensor, heads: int, merge_ratio: float) -> Tensor:
+def blended(tokens: Tensor, sets: Tensor, heads: int) -> Tensor:
     """Mean of the token itself and attention to its matches."""
     return torch.lerp(tokens, attend(tokens, gathered(tokens, sets), heads), 0.5)
 

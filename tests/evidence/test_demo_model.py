@@ -11,7 +11,7 @@ from evidence.clip import Clip
 from evidence.shapes.classifier import QUESTIONS, answers, load_classifier
 from evidence.shapes.clips import demo_clip
 from evidence.shapes.scenes import caption, random_scene
-from evidence.tables import matches
+from evidence.tables import matches, patterns
 from evidence.tables.edits import BLOCKS
 from tests.helpers import call
 from tests.method_helpers import generator
@@ -101,3 +101,34 @@ def test_demo_model_reconstructs_a_clip_with_fifty_steps_and_two_refinements(nod
     of_latents = 10 * ((clean.max() - clean.min()) ** 2 / (clean - again).square().mean((1, 2, 3)).max()).log10()
     print(f"demo model, {'guided' if guided else 'plain'}: frames {lowest:.1f} dB, latents {of_latents:.1f} dB")
     assert of_latents >= 45 and lowest >= 43
+
+
+ROUTES = {
+    "noise": patterns.Method(),
+    "paper": patterns.PAPER,
+    **{
+        kind: patterns.replace(patterns.GUIDED, matches=kind)
+        for kind in (patterns.FLOW, patterns.OTHER, patterns.STILL)
+    },
+    "reference": patterns.replace(patterns.SHARP, draws=2, alternative="reference frame, redrawn"),
+    "injected": patterns.replace(patterns.GUIDED, inversion=True, injection=0.5),
+    "TokenFlow": patterns.replace(patterns.INVERTED, tokenflow=True),
+}
+
+
+def test_patterns_editor_runs_every_route(nodes, demo, monkeypatch):
+    """Two steps of two frames each; every route gives other frames."""
+    generator_of_edits = generator(4)
+    edits = [patterns.random_edit(generator_of_edits, kind, "move", 2, 32, 32) for kind in patterns.KINDS[:2]]
+    editor = patterns.Editor(demo["model"], demo["clip"], demo["vae"], nodes, steps=2)
+    task = patterns.Task(editor, *edits, seed=1)
+    with torch.inference_mode():
+        made = {name: editor.run(method, task) for name, method in ROUTES.items()}
+        again = editor.run(ROUTES["reference"], task)
+    for frames in made.values():
+        assert frames.shape == (2, patterns.SIDE, patterns.SIDE, 3) and frames.isfinite().all()
+    assert torch.equal(made["reference"], again)
+    names = list(made)
+    for i, one in enumerate(names):
+        for other in names[i + 1 :]:
+            assert not torch.equal(made[one], made[other]), (one, other)

@@ -111,7 +111,7 @@ def sets_of(frames: int = 3, still: bool = False) -> Tensor:
 @pytest.mark.parametrize("name", ALTERNATIVES)
 def test_alternatives_keep_identical_frames(name):
     tokens = randn(2, 1, 35, 22).expand(2, 3, 35, 22)
-    found = alternative(name, 7)(tokens, sets_of(still=True), 2, 0.0)
+    found = alternative(name, 7)(tokens, sets_of(still=True), 2)
     assert_close(found, tokens, rtol=1e-5, atol=1e-5)
 
 
@@ -119,21 +119,21 @@ def test_returning_and_blended_are_attention_where_nothing_moves():
     """Every match returns to its start."""
     tokens, sets = randn(2, 3, 35, 22), sets_of(still=True)
     attended = attend_to_sets(tokens, sets, 2, 0.0)
-    assert_close(alternative("returning", 7)(tokens, sets, 2, 0.0), attended)
-    assert_close(alternative("blended", 7)(tokens, sets, 2, 0.0), (tokens + attended) / 2)
+    assert_close(alternative("returning", 7)(tokens, sets, 2), attended)
+    assert_close(alternative("blended", 7)(tokens, sets, 2), (tokens + attended) / 2)
 
 
 @pytest.mark.parametrize("name", ["sharper", "restored"])
 def test_sharper_and_restored_take_the_only_match(name):
     tokens, sets = randn(2, 2, 35, 22), sets_of(2, still=True)
-    assert_close(alternative(name, 7)(tokens, sets, 2, 0.0), tokens.flip(1), rtol=1e-4, atol=1e-5)
+    assert_close(alternative(name, 7)(tokens, sets, 2), tokens.flip(1), rtol=1e-4, atol=1e-5)
     tokens, sets = randn(2, 3, 35, 22), sets_of(still=True)
-    assert not torch.allclose(alternative(name, 7)(tokens, sets, 2, 0.0), attend_to_sets(tokens, sets, 2, 0.0))
+    assert not torch.allclose(alternative(name, 7)(tokens, sets, 2), attend_to_sets(tokens, sets, 2, 0.0))
 
 
 def test_returning_keeps_tokens_whose_matches_do_not_return():
     sets, tokens = sets_of(), randn(1, 3, 35, 22)
-    made, matches = alternative("returning", 7)(tokens, sets, 2, 0.0), matches_of(sets)
+    made, matches = alternative("returning", 7)(tokens, sets, 2), matches_of(sets)
     kinds = set()
     for i in range(3):
         for token in range(35):
@@ -150,16 +150,16 @@ def test_returning_keeps_tokens_whose_matches_do_not_return():
 def test_reference_frame_gives_every_frame_the_tokens_of_one():
     sets, tokens = sets_of(), randn(1, 3, 35, 22)
     matches = matches_of(sets)
-    made = alternative("reference frame, fixed", 7)(tokens, sets, 2, 0.0)
+    made = alternative("reference frame, fixed", 7)(tokens, sets, 2)
     assert_close(made, torch.stack([tokens[:, 1][:, matches[i, 1]] for i in range(3)], 1))
     redrawn = alternative("reference frame, redrawn", 7)
-    seen = {tuple(redrawn(tokens, sets, 2, 0.0)[0, :, 0, 0].tolist()) for _ in range(20)}
+    seen = {tuple(redrawn(tokens, sets, 2)[0, :, 0, 0].tolist()) for _ in range(20)}
     assert len(seen) == 3
 
 
 def test_most_typical_is_one_of_the_set():
     sets, tokens = sets_of(), randn(1, 3, 35, 22)
-    made = alternative("most typical", 7)(tokens, sets, 2, 0.0)
+    made = alternative("most typical", 7)(tokens, sets, 2)
     members = torch.cat([tokens[:, :, :, None], gathered(tokens, sets)], 3)
     assert (members == made[..., None, :]).all(-1).any(-1).all()
 
