@@ -178,7 +178,11 @@ def check_window(window: int, k: int, height: int, width: int) -> None:
 
 
 def find_correspondence(
-    features: Tensor, window: int = 9, k: int = 3, progress: Callable[[int, int], None] | None = None
+    features: Tensor,
+    window: int = 9,
+    k: int = 3,
+    progress: Callable[[int, int], None] | None = None,
+    device: torch.device | str | None = None,
 ) -> Correspondence:
     """Find, for every token, the `k` most similar tokens near the same position in the next and the previous frame.
 
@@ -195,6 +199,7 @@ def find_correspondence(
         window: side of the search square, in tokens, odd.
         k: matches to keep, 1 <= k <= the smallest clipped window.
         progress: called with (done, total) pairs of frames.
+        device: where two frames at a time are compared; by default where the features are. Matches stay with them.
     """
     if features.ndim != 4:
         raise ValueError(f"features must be [frames, height, width, channels], got {list(features.shape)}")
@@ -202,9 +207,13 @@ def find_correspondence(
     check_window(window, k, height, width)
     forward = torch.empty((frames - 1, height * width, k), dtype=torch.int32, device=features.device)
     backward = torch.empty_like(forward)
-    after = F.normalize(features[0].float(), dim=-1)
+
+    def unit(frame: int) -> Tensor:
+        return F.normalize(features[frame].to(device or features.device).float(), dim=-1)
+
+    after = unit(0)
     for i in range(frames - 1):
-        before, after = after, F.normalize(features[i + 1].float(), dim=-1)
+        before, after = after, unit(i + 1)
         forward[i] = _match(before, after, window, k)
         backward[i] = _match(after, before, window, k)
         if progress is not None:

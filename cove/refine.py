@@ -17,7 +17,10 @@ from .correspondence import ROWS_BYTES, Correspondence, first_best, nearest_firs
 
 
 def refine(
-    correspondence: Correspondence, features: Tensor, progress: Callable[[int, int], None] | None = None
+    correspondence: Correspondence,
+    features: Tensor,
+    progress: Callable[[int, int], None] | None = None,
+    device: torch.device | str | None = None,
 ) -> Correspondence:
     """Add, for each pair of frames, matches that were compared with the token itself.
 
@@ -29,6 +32,7 @@ def refine(
         correspondence: links between neighbouring frames, found in `features`.
         features: [frames, height, width, channels], any float dtype; compared by cosine, in double.
         progress: called with (done, total) frames.
+        device: where two frames at a time are compared; by default where the features are. Matches stay with them.
 
     Returns:
         A correspondence with `pairs`: frames^2 * height * width * k numbers of four bytes.
@@ -42,19 +46,22 @@ def refine(
     reach = 1
     while min(reach + 1, height) * min(reach + 1, width) < correspondence.k:
         reach += 1
-    offsets = nearest_first(2 * reach + 1, features.device)
+    device = device or features.device
+    offsets = nearest_first(2 * reach + 1, device)
     flat = features.flatten(1, 2)
-    norms = torch.stack([torch.linalg.vector_norm(frame.float(), dim=-1) for frame in flat])
+    norms = torch.stack([torch.linalg.vector_norm(frame.to(device).float(), dim=-1) for frame in flat])
     inverse_norm = norms.clamp_min(1e-12).reciprocal()
     own = torch.arange(height * width, dtype=torch.int32, device=features.device)
     pairs = own[:, None].repeat(frames, frames, 1, correspondence.k)
     for i in range(frames):
+        source = flat[i].to(device)
         for step, ahead in ((1, range(i + 1, frames)), (-1, range(i - 1, -1, -1))):
             at = own
             for j in ahead:
                 links = correspondence.forward[j - 1] if step == 1 else correspondence.backward[j]
-                around = links[at.long(), 0].long()
-                pairs[i, j] = _best_around(flat[i], flat[j], inverse_norm[j], around, offsets, width, correspondence.k)
+                around = links[at.long(), 0].long().to(device)
+                target = flat[j].to(device)
+                pairs[i, j] = _best_around(source, target, inverse_norm[j], around, offsets, width, correspondence.k)
                 at = pairs[i, j, :, 0]
         if progress is not None:
             progress(i + 1, frames)

@@ -60,11 +60,11 @@ class FindCorrespondence(io.ComfyNode):
         tokens, refine = features.tokens, features.preset.refine if refine == PRESET else refine == "on"
         pairs = len(tokens) - 1
         progress = host.status.progress_bar(pairs + (len(tokens) if refine else 0))
-        tokens = tokens.to(comfy.model_management.get_torch_device())
-        found = find_correspondence(tokens, window, k, progress)
+        device = comfy.model_management.get_torch_device()
+        found = find_correspondence(tokens, window, k, progress, device)
         if refine:
-            found = refined(found, tokens, lambda done, total: progress(pairs + done, total))
-        return io.NodeOutput(found.to(comfy.model_management.intermediate_device()))
+            found = refined(found, tokens, lambda done, total: progress(pairs + done, total), device)
+        return io.NodeOutput(found)
 
 
 class SaveCorrespondence(io.ComfyNode):

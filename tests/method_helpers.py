@@ -65,17 +65,19 @@ def half_is_as_good(fast, plain, exact):
 
 
 class Held(TorchDispatchMode):
-    """Count the bytes of live tensors created inside."""
+    """Count the bytes of live tensors created inside, on any device or on devices of one type."""
 
-    def __init__(self):
+    def __init__(self, device: str | None = None):
         super().__init__()
         self.now = self.peak = 0
+        self.device = device
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         inputs = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in inputs:
+            counts = isinstance(x, torch.Tensor) and self.device in (None, x.device.type)
+            if counts and x.untyped_storage()._cdata not in inputs:
                 self.hold(x.untyped_storage())
         return result
 

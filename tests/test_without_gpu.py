@@ -67,6 +67,19 @@ def test_find_correspondence_and_refine_working_memory_is_bounded_on_cuda():
         assert many <= 1.01 * few
 
 
+def test_find_correspondence_and_refine_hold_two_frames_on_the_device():
+    """Features of 64x64x320 stay on the CPU, like the matches, however many frames there are."""
+    peaks = []
+    for frames in (3, 9):
+        features = torch.empty(frames, 64, 64, 320)
+        with Held("cuda") as held:
+            found = refine(find_correspondence(features, 9, 3, device="cuda"), features, device="cuda")
+        assert found.forward.device.type == found.pairs.device.type == "cpu"
+        peaks.append(held.peak - 4 * frames * 64 * 64)  # the norms of all tokens
+    print(*(f"{peak / 2**20:.1f} MiB" for peak in peaks))
+    assert 10 << 20 < peaks[0] and peaks[1] <= 1.01 * peaks[0] < 48 << 20
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("refined", [False, True])
 @pytest.mark.parametrize("matched_on", ["cpu", "cuda"])
