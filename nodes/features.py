@@ -160,7 +160,7 @@ class DiffusionFeatures(io.ComfyNode):
         sigmas = host.unet.sigmas_at(model, [timestep])
         source = host.run.plain_conditioning(model, conditioning)
         host.checks.check_conditioning(source, len(latent["samples"]))
-        host.run.run_sampler(model, probe, latent, sigmas, source)
+        host.run.run_sampler(model, probe, latent, sigmas, source, at_once=batch_size)
         result = found[0].to(comfy.model_management.intermediate_device())
         host.checks.check_finite(result, "features")
         picture = features.feature_picture(result).movedim(-1, 1)

@@ -11,6 +11,7 @@ from . import (  # noqa: F401
     identity,
     injection,
     inversion,
+    memory,
     noise,
     options,
     run,

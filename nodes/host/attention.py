@@ -15,13 +15,14 @@ from comfy.ldm.modules import attention
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...cove.attention import attend_to_sets, attention_sets, key_frame_attention
+from ...cove.attention import GPU_BUDGET, attend_to_sets, attention_sets, key_frame_attention
 from ...cove.correspondence import Correspondence
 from ...cove.fingerprint import fingerprint
 from ...cove.kernels import AUTO, KERNELS
 from . import options
 from .checks import check_no_reference, check_rows, check_slots, other_batch, other_tokens
 from .errors import naming
+from .memory import Shape, reserve_bytes
 from .options import Area, RunInfo, run_info
 from .run import publish_run
 from .unet import Block, grid_at, self_attention_levels, unet_of
@@ -168,8 +169,17 @@ def guide_self_attention(
         # Without a transformer index: a perturbing guider (PAG) can then put its own in for its own pass.
         model.set_model_attn1_replace(patch, *block)
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, options.RUN, partial(_check_run, node, patches))
+    if correspondence is not None:
+        reserve_bytes(model, options.RUN, partial(_bytes_of_guidance, correspondence, include_self))
     publish_run(model)
     return model
+
+
+def _bytes_of_guidance(correspondence: Correspondence, include_self: bool, noise_shape: Shape) -> int:
+    """Return the bytes of the attention sets of a run, and the working memory without the kernel."""
+    frames, tokens = noise_shape[0], correspondence.height * correspondence.width
+    members = (frames - 1) * correspondence.k + include_self
+    return 4 * frames * tokens * members + GPU_BUDGET
 
 
 def _chosen_kernel() -> str:

@@ -19,6 +19,7 @@ from ...cove.inversion import SIGMA_TOLERANCE, Inversion
 from . import options
 from .checks import check_without, one_prompt, other_tokens, skipped
 from .errors import NodeError, naming
+from .memory import reserve_bytes
 from .options import Frames, frames_in, options_with, run_info
 from .run import publish_run
 from .source import SourceBranch
@@ -236,8 +237,11 @@ def inject(model, inversion: Inversion, sites: tuple[Site, ...], shares: Mapping
     steps = {kind: inversion.schedule.share(share) for kind, share in shares.items()}
     source = SourceBranch(inversion, conditioning, options.INJECTION, node)
     injection = _Injection(source, sites, steps, block_levels(unet))
+    of_frame = partial(bytes_of, model, sites)
     model = with_sites(model)
     source.load_with(model)
+    if not inversion.features:  # those of the source at one step are held while the edit runs
+        reserve_bytes(model, options.INJECTION, lambda shape: shape[0] * of_frame(tuple(shape[2:])))
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, options.INJECTION, partial(_check_run, injection))
     model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, options.INJECTION, partial(_with_source, injection))
     model.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, options.INJECTION, partial(_run_injected, injection))

@@ -17,6 +17,7 @@ from . import options
 from .batch import cut_conds, cut_controls
 from .checks import check_channels, check_finite
 from .errors import NodeError
+from .memory import reserve_frames
 from .options import Area, Cut, RunInfo, ad_params_of, frames_in, options_with
 
 # --- starting a run ---
@@ -32,13 +33,19 @@ def run_sampler(
     cfg: float = 1.0,
     *,
     callback: Callable | None = None,
+    at_once: int | None = None,
 ) -> dict[str, Any]:
-    """Run a k-diffusion style function on a LATENT as ComfyUI's samplers do, without adding noise."""
+    """Run a k-diffusion style function on a LATENT as ComfyUI's samplers do, without adding noise.
+
+    at_once: how many frames the function evaluates at a time; by default all.
+    """
     samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
     check_channels(model, samples)
     check_finite(samples, "latents that came in")
     model = model.clone()
     publish_run(model)
+    if at_once is not None:
+        reserve_frames(model, options.RUN, at_once)
     result = comfy.sample.sample_custom(
         model,
         torch.zeros_like(samples),
