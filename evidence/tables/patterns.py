@@ -33,6 +33,7 @@ from ..patterns.edits import KINDS, Edit, random_edit
 from ..patterns.scenes import caption
 from .alternatives import ALTERNATIVES, alternative
 from .demo import digest_of, load_demo
+from .edits import save_row
 from .matches import true_matches
 from .records import FOLDER, Records, add_part
 from .scores import scores_of
@@ -311,14 +312,6 @@ def main() -> None:
                     records.add(case, {what: round(value, 5) for what, value in measured.items()})
                     save_row(arguments.pictures / f"{seed}_{number}_{name.replace(' ', '_')}.png", made)
                     print(f"{seed}.{number} {' -> '.join(clip.words)}: {name}: {measured}", flush=True)
-
-
-def save_row(path: Path, *clips: Tensor) -> None:
-    from PIL import Image
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = torch.cat([torch.cat(list(clip), 1) for clip in clips])
-    Image.fromarray((rows.clamp(0, 1) * 255).round().byte().numpy()).save(path)
 
 
 if __name__ == "__main__":
