@@ -59,7 +59,7 @@ class Method:
     refine: bool = False
     merge_ratio: float = 0.0
     include_self: bool = False
-    all_frames: bool = False
+    seen: str = "own frame"  # spatial_temporal of Correspondence Attention
     start_percent: float = 0.0
     end_percent: float = 1.0
     alternative: str | None = None  # in place of attention to the matches, one of `ALTERNATIVES`
@@ -69,7 +69,8 @@ class Method:
     tokenflow: bool = False
 
 
-PAPER = Method(k=3, merge_ratio=0.5, all_frames=True)
+PAPER = Method(k=3, merge_ratio=0.5, seen="all frames")
+SEEN = ("all frames", "every 2nd frame", "every 4th frame")
 GUIDED = Method(k=1)
 SHARP = replace(GUIDED, draws=8, refine=True)
 INVERTED = Method(inversion=True)
@@ -87,8 +88,8 @@ CORE = {
 }
 METHODS = {
     **CORE,
-    "spatial-temporal attention": Method(all_frames=True),
-    "all frames, K = 1, sharp": replace(SHARP, all_frames=True),
+    **{f"spatial-temporal attention, {seen}": Method(seen=seen) for seen in SEEN},
+    **{f"{seen}, K = 1, sharp": replace(SHARP, seen=seen) for seen in SEEN},
     "own frame, K = 1": GUIDED,
     "own frame, K = 3": replace(GUIDED, k=3),
     "own frame, K = 5": replace(GUIDED, k=5),
@@ -105,7 +106,7 @@ METHODS = {
     **{name: replace(SHARP, alternative=name) for name in ALTERNATIVES},
     "reference frame, redrawn, chance": replace(GUIDED, matches=CHANCE, alternative="reference frame, redrawn"),
     **with_start(CORE, "inverted", inversion=True),
-    "spatial-temporal attention, inverted": replace(INVERTED, all_frames=True),
+    "spatial-temporal attention, all frames, inverted": replace(INVERTED, seen="all frames"),
     "reference frame, redrawn, inverted": replace(
         SHARP, alternative="reference frame, redrawn", inversion=True, guided_inversion=False
     ),
@@ -212,7 +213,7 @@ class Editor:
                 yield
 
     def _guided(self, method: Method, clip: Task):
-        if method.k is None and not method.all_frames:
+        if method.k is None and method.seen == "own frame":
             return self.model
         matches = {} if method.k is None else {"correspondence": clip.matches(method)}
         (model,) = self.node(
@@ -220,7 +221,7 @@ class Editor:
             model=self.model,
             merge_ratio=method.merge_ratio,
             include_self=method.include_self,
-            spatial_temporal="all frames" if method.all_frames else "own frame",
+            spatial_temporal=method.seen,
             start_percent=method.start_percent,
             end_percent=method.end_percent,
             **matches,
