@@ -34,6 +34,7 @@ from ..patterns.scenes import caption
 from .alternatives import ALTERNATIVES, alternative
 from .demo import digest_of, load_demo
 from .edits import save_row
+from .grids import Grids
 from .matches import true_matches
 from .records import FOLDER, Records, add_part
 from .scores import scores_of
@@ -67,6 +68,7 @@ class Method:
     guided_inversion: bool = True
     injection: float = 0.0  # share of the steps
     tokenflow: bool = False
+    grids: bool = False  # RAVE's
 
 
 PAPER = Method(k=3, merge_ratio=0.5, seen="all frames")
@@ -105,6 +107,7 @@ METHODS = {
     "along tracks, truth": replace(GUIDED, matches=TRUTH, include_self=True),
     **{name: replace(SHARP, alternative=name) for name in ALTERNATIVES},
     "reference frame, redrawn, chance": replace(GUIDED, matches=CHANCE, alternative="reference frame, redrawn"),
+    "RAVE's grids": Method(grids=True),
     **with_start(CORE, "inverted", inversion=True),
     "spatial-temporal attention, all frames, inverted": replace(INVERTED, seen="all frames"),
     "reference frame, redrawn, inverted": replace(
@@ -213,6 +216,10 @@ class Editor:
                 yield
 
     def _guided(self, method: Method, clip: Task):
+        if method.grids:
+            model = self.model.clone()
+            model.set_model_unet_function_wrapper(Grids(clip.seed))
+            return model
         if method.k is None and method.seen == "own frame":
             return self.model
         matches = {} if method.k is None else {"correspondence": clip.matches(method)}

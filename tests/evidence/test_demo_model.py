@@ -113,6 +113,7 @@ ROUTES = {
     "reference": patterns.replace(patterns.SHARP, draws=2, alternative="reference frame, redrawn"),
     "injected": patterns.replace(patterns.GUIDED, inversion=True, injection=0.5),
     "TokenFlow": patterns.replace(patterns.INVERTED, tokenflow=True),
+    "RAVE": patterns.Method(grids=True),
 }
 
 

@@ -14,6 +14,7 @@ from evidence.patterns.clips import MOTIONS
 from evidence.patterns.edits import GRAIN, KINDS, Edit, random_edit
 from evidence.patterns.scenes import FREE, caption
 from evidence.tables.alternatives import ALTERNATIVES, alternative, gathered, matches_of
+from evidence.tables.grids import Grids
 from evidence.tables.scores import MARGIN, agreement, detail_of, region, scores_of, true_flow
 from tests.method_helpers import generator, randn
 
@@ -171,3 +172,24 @@ def test_matches_of_are_those_of_the_correspondence():
         for j in range(3):
             expected = torch.arange(35) if i == j else found.follow(i, [j])[:, 0, 0]
             assert_close(matches[i, j], expected)
+
+
+def test_grids_show_all_frames_at_once_and_put_them_back():
+    """Two conditionings of six frames, each frame of one value: grids of 2 x 3, in another order at each timestep."""
+    x = torch.arange(6.0).repeat(2)[:, None, None, None].expand(12, 4, 5, 7)
+    prompt = torch.arange(2.0).repeat_interleave(6)[:, None, None].expand(12, 3, 8)
+    orders = []
+
+    def apply_model(grid, timestep, c_crossattn, transformer_options):
+        assert grid.shape == (2, 4, 10, 21) and timestep.shape == (2,) and transformer_options == {"some": 1}
+        assert torch.equal(c_crossattn[:, 0, 0], torch.tensor([0.0, 1.0]))
+        assert torch.equal(grid[0], grid[1])
+        orders.append(tuple(grid[0, 0, ::5, ::7].flatten().int().tolist()))
+        return grid + 10 * c_crossattn[:, :1, :1, None]
+
+    for timestep in (0.3, 0.3, 0.7):
+        call = {"input": x, "timestep": torch.full((12,), timestep), "cond_or_uncond": [0, 1]}
+        call["c"] = {"c_crossattn": prompt, "transformer_options": {"some": 1}}
+        assert_close(Grids(seed=3)(apply_model, call), x + 10 * prompt[:, :1, :1, None])
+    assert all(sorted(order) == list(range(6)) for order in orders)
+    assert orders[0] == orders[1] != orders[2]
