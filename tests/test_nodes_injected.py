@@ -1,6 +1,7 @@
 """Feature Injection and Store Features with other nodes: combinations, errors, and no trace after a run."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -315,3 +316,18 @@ def test_feature_injection_leaves_the_source_at_its_last_site(small, nodes):
         for source, edit in zip(calls[::2], calls[1::2], strict=True):
             assert sorted(edit.at) == sorted(SITES)
             assert source.at.keys() < edit.at.keys() and len(source.at) == len(reached) - 1  # left inside the last one
+
+
+def test_feature_injection_drops_source_features_after_its_last_step(small, nodes, host_module):
+    """The callback of a step runs after its evaluation."""
+    noise, inversion = invert(nodes, small)
+    model = inject(nodes, small, inversion, resnet_share=0.34, attention_share=0.67)
+    held = []
+
+    def look(module, args):
+        found = [one for one in gc.get_objects() if isinstance(one, host_module.injection._Computed)]
+        held.append(sum(bool(one.features) for one in found))
+
+    with small.model.diffusion_model.out.register_forward_hook(lambda module, args, output: look(module, args)):
+        sample(nodes, model, noise)
+    assert held == [1, 1, 0]  # the source itself never comes to the end of the UNet

@@ -281,7 +281,10 @@ def _run_injected(injection: _Injection, executor, model, conds, x_in: Tensor, t
     transformer_options = model_options.get("transformer_options", {})
     sigma = float(timestep[0])
     names = injection.names_at(sigma)
-    if not names or transformer_options.get(options.SOURCE_RUNNING):
+    if transformer_options.get(options.SOURCE_RUNNING):
+        return executor(model, conds, x_in, timestep, model_options)
+    if not names:
+        transformer_options[options.COMPUTED].features = {}  # the last step that needs them is over
         return executor(model, conds, x_in, timestep, model_options)
     step = injection.source.step_at(sigma)
     computed, node = transformer_options[options.COMPUTED], injection.source.node
