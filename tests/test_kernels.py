@@ -75,12 +75,16 @@ def test_attend_to_sets_in_triton_is_as_exact_as_reference_in_half_precision(dty
     half_is_as_good(triton(tokens, sets, 2, ratio), by_loops(tokens, sets, 2, ratio), exact)
 
 
-@pytest.mark.parametrize("members", [6, 7])
-def test_attend_to_sets_in_triton_breaks_ties_like_torch(members):
-    """Equal, opposite and zero tokens of whole numbers, whose similarities are equal in any order of summation."""
+def equal_and_opposite() -> torch.Tensor:
     token, other = torch.randint(-4, 5, (2, 22), generator=torch.Generator().manual_seed(2)).float()
-    tokens = torch.stack([token, token, -token, other, other, torch.zeros(22), other])[None, None]
-    sets = random_sets(1, 7, members)
+    return torch.stack([token, token, -token, other, other, torch.zeros(22), other])
+
+
+@pytest.mark.parametrize("members", [6, 7])
+@pytest.mark.parametrize("tokens", [equal_and_opposite(), torch.eye(22)[:7]], ids=["equal and opposite", "orthogonal"])
+def test_attend_to_sets_in_triton_breaks_ties_like_torch(tokens, members):
+    """Whole numbers, whose similarities are equal in any order of summation; the first of equals merges."""
+    tokens, sets = tokens[None, None], random_sets(1, 7, members)
     assert_close(triton(tokens, sets, 2, 0.3), attend_to_sets(tokens, sets, 2, 0.3, kernel="torch"))
 
 

@@ -243,6 +243,19 @@ def test_correspondence_attention_in_half_precision_is_as_exact_as_plain_attenti
 # --- frames ---
 
 
+def test_correspondence_attention_counts_every_4th_frame_of_the_clip_in_a_window(
+    comfy, sd15, cove, guide, matches, recorded
+):
+    """In the window of frames 2 to 4, tokens see their own frame and frame 4."""
+    model = windowed(
+        guide(sd15, matches(frames=5), spatial_temporal="every 4th frame"), context_length=3, causal_window_fix=False
+    )
+    predict(model, latents(5), prompt(1))
+    for frames, seen in zip([[0, 1, 2], [2, 3, 4]], recorded[:: len(model_blocks(model))], strict=True):
+        expected = reference(cove, seen, matches(frames=5), window=frames, stride=4)
+        assert_close(seen.result, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_correspondence_attention_uses_the_matches_of_a_window(comfy, sd15, cove, guide, matches, recorded):
     correspondence = matches(frames=5)
     # Windows after and before our node.
