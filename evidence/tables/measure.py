@@ -20,7 +20,7 @@ from scripts.host import PACK
 from .records import FOLDER
 
 TABLES = ("samples", "matches", "edits", "reconstruction")  # each skips cases already measured
-COSTS = ("correspondence_cost", "injection_cost", "attention_cost")
+COSTS = ("correspondence_cost", "injection_cost", "attention_cost", "kernel_report")
 
 
 def start(module: str, *arguments: str, threads: int | None = None) -> subprocess.Popen:

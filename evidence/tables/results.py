@@ -286,7 +286,10 @@ def kernel_report() -> str:
         merged = f"{variant.merge_ratio:.0%} merged" if variant.merge_ratio else "not merged"
         line = [f"{variant.heads}x{variant.width}", variant.dtype, f"{variant.members}, {merged}"]
         for target in TARGETS:
-            (one,) = [m for case, m in found if case.items() >= (asdict(variant) | {"target": target}).items()]
+            wanted = asdict(variant) | {"target": target}
+            one = next((measured for case, measured in found if case == wanted), None)
+            if one is None:
+                raise LookupError("kernel_report")
             line.append(f"{one['registers']} / {one['shared'] // 1024} / {one['spilled']}")
         lines.append(line)
     return rows(["heads", "dtype", "set", *(f"sm_{target}" for target in TARGETS)], lines)
