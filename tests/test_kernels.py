@@ -13,7 +13,7 @@ from cove.merging import bipartite_order, removed_tokens
 from cove.refine import refine
 from tests.method_helpers import half_is_as_good, randn
 
-attend = pytest.importorskip("cove.kernels.attend", reason="Triton is not installed", exc_type=ImportError)
+attend = pytest.importorskip("cove.kernels.attend", reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # Head widths of SD1.5 and SDXL (40, 64, 80, 160), of the demo model (32) and of a prime; members of sets of 2 to 64
