@@ -37,7 +37,7 @@ def _is_right(device: torch.device, dtype: torch.dtype) -> bool:
         if error <= LIMIT[dtype]:
             return True
         reason = f"it is off by {error:.2g} on {device}"
-    logging.warning("COVE: guided attention runs without its Triton kernel, slower (%s)", reason)
+    logging.warning("COVE: guided attention uses PyTorch instead of the Triton kernel and is slower (%s)", reason)
     return False
 
 

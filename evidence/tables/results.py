@@ -7,19 +7,17 @@ The text around the tables is written by hand. A table without measurements is l
 
 from __future__ import annotations
 
-import math
 import re
-import statistics
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.kernel_report import GPUS, TARGETS, VARIANTS, Call, Variant, spatial_temporal_seconds
 from scripts.host import PACK
 
 from .demo import digest_of
 from .edits import FRAMES, METHODS, SOURCE, STEPS, TARGET, case_of
+from .kernels import kernel_estimate, kernel_report
+from .markdown import mean, rows, spread
 from .matches import CLOSER, DRAWS, MIXED, NOISES, PATCHES, TIMESTEPS, WINDOW, WINDOWS
 from .records import FOLDER, Records
 
@@ -44,31 +42,6 @@ def records(name: str) -> list[tuple[dict, dict]]:
     if not found:
         raise LookupError(name)
     return found
-
-
-def spread(values: Iterable[tuple[int, float]], digits: int) -> str:
-    """Format the mean over seeds and its standard deviation, from (seed, value)."""
-    of_seed: dict[int, list[float]] = {}
-    for seed, value in values:
-        if not math.isnan(value):
-            of_seed.setdefault(seed, []).append(value)
-    means = [sum(some) / len(some) for some in of_seed.values()]
-    if not means:
-        return "-"
-    if len(means) < 2:
-        return f"{means[0]:.{digits}f}"
-    return f"{statistics.mean(means):.{digits}f} ± {statistics.stdev(means):.{digits}f}"
-
-
-def mean(values: Iterable[float]) -> float:
-    """Return the mean, ignoring NaNs."""
-    known = [value for value in values if not math.isnan(value)]
-    return sum(known) / len(known)
-
-
-def rows(heads: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
-    heads = list(heads)
-    return "\n".join("| " + " | ".join(line) + " |" for line in (heads, ["---"] * len(heads), *lines))
 
 
 # ---- tables ----
@@ -277,36 +250,6 @@ def injection_cost() -> str:
     )
     seconds = (f"seconds per step, {run}" for run in ("inversion", "sampling"))
     return rows(["storage", *seconds, "working memory", "stored per step"], lines)
-
-
-def kernel_report() -> str:
-    found = records("kernel_report")
-    lines = []
-    for variant in VARIANTS:
-        merged = f"{variant.merge_ratio:.0%} merged" if variant.merge_ratio else "not merged"
-        line = [f"{variant.heads}x{variant.width}", variant.dtype, f"{variant.members}, {merged}"]
-        for target in TARGETS:
-            wanted = asdict(variant) | {"target": target}
-            one = next((measured for case, measured in found if case == wanted), None)
-            if one is None:
-                raise LookupError("kernel_report")
-            line.append(f"{one['registers']} / {one['shared'] // 1024} / {one['spilled']}")
-        lines.append(line)
-    return rows(["heads", "dtype", "set", *(f"sm_{target}" for target in TARGETS)], lines)
-
-
-def kernel_estimate() -> str:
-    lines = []
-    for frames in (4, 8, 16, 32, 64):
-        variant = Variant(frames=frames)
-        call = Call.of(variant)
-        line = [str(frames), f"{call.memory / 1e9:.2f} GB", f"{call.gathered / 1e9:.1f} GB"]
-        line += [f"{call.products / 1e12:.2f} e12", f"{call.single / 1e12:.2f} e12"]
-        for gpu in GPUS.values():
-            seconds, before = call.seconds(gpu), spatial_temporal_seconds(variant, gpu)
-            line.append(f"{1000 * seconds:.1f} ms ({100 * seconds / before:.1f} %)")
-        lines.append(line)
-    return rows(["frames", "memory", "gathered", "products", "float32", *GPUS], lines)
 
 
 TABLES: tuple[Callable[[], str], ...] = (

@@ -13,8 +13,8 @@ from evidence.shapes.classifier import QUESTIONS, answers
 from evidence.shapes.clips import MOTIONS, random_clip
 from evidence.shapes.scenes import caption
 from evidence.tables import edits, matches, results
+from evidence.tables.markdown import rows, spread
 from evidence.tables.records import Records
-from evidence.tables.results import rows, spread
 from tests.method_helpers import generator, randn
 
 
